@@ -1,0 +1,76 @@
+# Every target sets up what it needs: a virtual environment in the checkout with the package installed
+# in place. PyTorch is the one that PYTHON already has, if it is 2.10 or newer; else TORCH is installed.
+PYTHON ?= python3
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+CORE_TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+CORE_BIN := .venv-core/bin
+PIP := -m pip install --quiet --disable-pip-version-check
+CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+BUILD := CMakeLists.txt setup.py pyproject.toml $(CPP)
+HAS_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10))
+
+.PHONY: demo test lint test-main test-interpreted test-core codegen bench format clean
+
+demo: .venv/ready
+	mkdir -p demo
+	$(BIN)/fusedres info
+	$(BIN)/fusedres bench --model resnet50 --batch 16 --dtype bf16 --mode train --json demo/bench.json --plot demo/bench.png
+	$(BIN)/fusedres train --data digits --out demo/digits
+	@echo "The table above is in demo/bench.json, the picture in demo/bench.png, the trained net in demo/digits."
+
+test: lint test-main test-interpreted test-core
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+test-main: .venv/ready
+	$(BIN)/pytest tests --durations=10
+
+# the Triton kernels on a CPU, in Triton's interpreter
+test-interpreted: .venv/ready
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_triton_kernels.py
+
+# a plain install without nvcc, Triton and torchvision, on another PyTorch
+test-core: .venv-core/ready
+	$(CORE_BIN)/pytest tests --durations=5
+
+# every configuration of every kernel for every architecture
+codegen: .venv/ready
+	$(BIN)/pytest tests/test_triton_codegen.py tests/test_cuda_codegen.py -m 'codegen or not codegen'
+
+bench: .venv/ready
+	$(BIN)/pytest benchmarks --benchmark-only --full --benchmark-autosave
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf .venv .venv-core build demo fusedres/_C*.so
+
+.venv/torch:
+	if $(PYTHON) -c '$(HAS_TORCH)' 2> /dev/null; then \
+		$(PYTHON) -m venv --system-site-packages .venv; \
+	else \
+		$(PYTHON) -m venv .venv && $(BIN)/python $(PIP) $(TORCH); \
+	fi
+	touch $@
+
+.venv/ready: .venv/torch $(BUILD)
+	$(BIN)/python $(PIP) --editable '.[test]'
+	touch $@
+
+.venv-core/torch:
+	$(PYTHON) -m venv .venv-core
+	$(CORE_BIN)/python $(PIP) $(CORE_TORCH) pytest pytest-benchmark pillow
+	touch $@
+
+.venv-core/ready: .venv-core/torch $(BUILD) $(wildcard fusedres/*.py fusedres/*/*.py fusedres/*/*/*.py)
+	FUSEDRES_BUILD_CUDA=0 $(CORE_BIN)/python $(PIP) .
+	touch $@
