@@ -1,0 +1,35 @@
+"""Fused batch norm, ReLU and residual add for ResNets, as drop-in PyTorch modules and functions."""
+
+from fusedres import functional
+from fusedres._version import __version__
+from fusedres.models.cifar import CifarResNet
+from fusedres.models.resnet import (
+    ResNet18,
+    ResNet34,
+    ResNet50,
+    ResNet101,
+    ResNet152,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+)
+from fusedres.ops import backend
+
+__all__ = [
+    "CifarResNet",
+    "ResNet18",
+    "ResNet34",
+    "ResNet50",
+    "ResNet101",
+    "ResNet152",
+    "__version__",
+    "backend",
+    "functional",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+]

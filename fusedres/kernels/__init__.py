@@ -1,0 +1,41 @@
+"""The implementations of the ops, loaded on first use.
+
+Each is a module with one function per op it has, named as the op: ``reference`` (plain PyTorch),
+``native`` (the compiled module: "cpu" and "cuda") and ``triton``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+_MODULES = {
+    "reference": "fusedres.kernels.reference",
+    "cpu": "fusedres.kernels.native",
+    "cuda": "fusedres.kernels.native",
+    "triton": "fusedres.kernels.triton",
+}
+
+
+@functools.cache
+def load(name: str) -> ModuleType:
+    """The module of implementation ``name``."""
+    return importlib.import_module(_MODULES[name])
+
+
+@functools.cache
+def unavailable() -> dict[str, str]:
+    """Implementation name -> why it can't be loaded here."""
+    why = {}
+    try:
+        from fusedres import _C
+    except ImportError as error:
+        why["cpu"] = why["cuda"] = f"the compiled module can't be loaded ({error})"
+    else:
+        if not _C.cuda_archs:
+            why["cuda"] = f"built without CUDA ({_C.cuda_reason})"
+    if importlib.util.find_spec("triton") is None:
+        why["triton"] = "triton is not installed"
+    return why

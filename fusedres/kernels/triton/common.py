@@ -1,0 +1,55 @@
+"""What the batch-norm kernels share: where a tile lies, and the arithmetic on it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fusedres.kernels import rows
+
+MEAN = tl.constexpr(rows.MEAN)
+VAR = tl.constexpr(rows.VAR)
+RSTD = tl.constexpr(rows.RSTD)
+SCALE = tl.constexpr(rows.SCALE)
+SHIFT = tl.constexpr(rows.SHIFT)
+DBIAS = tl.constexpr(rows.DBIAS)
+DWEIGHT = tl.constexpr(rows.DWEIGHT)
+
+
+@triton.jit
+def locate(channels, BLOCK_C: tl.constexpr):
+    """This program's number among those of its channels (int64), and its channels.
+
+    Neighbouring programs take neighbouring channels of the same rows, so together they read whole
+    rows. One grid axis, since the others end at 65535.
+    """
+    pid = tl.program_id(0)
+    column_blocks = tl.cdiv(channels, BLOCK_C)
+    b_c = (pid % column_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return (pid // column_blocks).to(tl.int64), b_c
+
+
+@triton.jit
+def tile(first, rows, b_c, channels, BLOCK_M: tl.constexpr):
+    """Offset of row ``first`` (int64), offsets from there (int32), and which of them exist."""
+    b_m = tl.arange(0, BLOCK_M)
+    mask = (b_m < rows - first)[:, None] & (b_c < channels)[None, :]
+    return first * channels, b_m[:, None] * channels + b_c[None, :], mask
+
+
+@triton.jit
+def load_row(matrix, row: tl.constexpr, b_c, channels):
+    """One row of stats or sums, at the channels ``b_c``."""
+    return tl.load(matrix + row * channels + b_c, mask=b_c < channels, other=0.0)
+
+
+@triton.jit
+def affine(b_x, b_scale, b_shift):
+    """x * scale + shift. Forward and backward must round alike, so the fma is explicit."""
+    return tl.fma(b_x, b_scale[None, :], b_shift[None, :])
+
+
+@triton.jit
+def relu_mask(b_z, b_g):
+    """g, but 0 where z <= 0: a NaN lets it through."""
+    return tl.where(b_z <= 0, 0.0, b_g).to(b_g.dtype)

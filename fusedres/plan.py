@@ -1,0 +1,99 @@
+"""Which implementation runs for an op: pure rules, a leaf of the import graph.
+
+:func:`choose` looks at facts alone (op, device, dtype, what is installed, what was forced) and
+returns a :class:`Choice` with its reason. It imports no kernels and asks no device anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+IMPLEMENTATIONS = ("triton", "cuda", "cpu", "reference")
+BACKENDS = ("auto", *IMPLEMENTATIONS)
+
+BN_OPS = (
+    "bn_stats",
+    "bn_running_stats",
+    "bn_update_running_",
+    "bn_act",
+    "bn_act_backward_reduce",
+    "bn_act_backward_apply",
+)
+KERNEL_DTYPES = ("float32", "bfloat16", "float16")
+MIN_CAPABILITY = (8, 0)
+
+# the ops that each implementation has, and the kind of device it runs on
+OPS = {
+    "cpu": frozenset(BN_OPS),
+    "triton": frozenset(BN_OPS),
+    "cuda": frozenset({"bn_act"}),
+}
+DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+# in the order of preference on a device
+CANDIDATES = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+
+
+class Problem(NamedTuple):
+    """What the rules may look at."""
+
+    op: str
+    device: str  # torch.device.type
+    dtype: str  # of the activation, without "torch."
+    capability: tuple[int, int] | None = None  # of a CUDA device
+    interpreted: bool = False  # Triton kernels run on the CPU (TRITON_INTERPRET=1)
+
+
+class Choice(NamedTuple):
+    """An implementation's name, and why it was chosen.
+
+    ``aten`` stands for PyTorch's own operators: what runs where no kernel does.
+    """
+
+    implementation: str
+    reason: str
+
+
+def refusal(name: str, problem: Problem, unavailable: Mapping[str, str]) -> str | None:
+    """Why implementation ``name`` can't serve ``problem``; None if it can."""
+    if name == "reference":
+        return None
+    if name in unavailable:
+        return unavailable[name]
+    if problem.op not in OPS[name]:
+        return f"{name} has no kernel for {problem.op}"
+    if problem.dtype not in KERNEL_DTYPES:
+        return f"no kernel for {problem.dtype} (there are float32, bfloat16 and float16)"
+    if name == "triton" and problem.interpreted:
+        return None if problem.device == "cpu" else "TRITON_INTERPRET=1 interprets on the CPU alone"
+    if problem.device != DEVICE[name]:
+        return f"{name} kernels don't run on a {problem.device} device"
+    if problem.device == "cuda" and (problem.capability or (0, 0)) < MIN_CAPABILITY:
+        have = ".".join(map(str, problem.capability or (0, 0)))
+        return f"the GPU has compute capability {have}, kernels need 8.0"
+    return None
+
+
+def choose(problem: Problem, unavailable: Mapping[str, str], forced: str = "auto") -> Choice:
+    """The implementation for ``problem``.
+
+    Args:
+        problem: the facts.
+        unavailable: implementation name -> reason, for those that can't be loaded here.
+        forced: "auto", or the implementation that has to serve.
+
+    Raises:
+        RuntimeError: the forced implementation can't serve; says why.
+    """
+    if forced != "auto":
+        why = refusal(forced, problem, unavailable)
+        if why is not None:
+            raise RuntimeError(f"backend {forced!r} can't serve {problem.op} on {problem.device}: {why}")
+        return Choice(forced, "forced")
+    reasons: list[str] = []
+    for name in CANDIDATES.get(problem.device, ()):
+        why = refusal(name, problem, unavailable)
+        if why is None:
+            return Choice(name, "; ".join(reasons) or f"first choice on {problem.device}")
+        reasons.append(f"{name}: {why}")
+    return Choice("aten", "; ".join(reasons) or f"no kernels for {problem.device} devices")

@@ -1,0 +1,154 @@
+"""Every registered op: schema, fake, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fusedres
+from fusedres import ops, plan
+from fusedres.kernels.rows import STATS_ROWS, SUMS_ROWS
+
+OPS = torch.ops.fusedres
+LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
+
+
+def activation(shape=(2, 5, 4, 3), dtype=torch.float32, layout="channels_last"):
+    return torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout])
+
+
+def is_activation(a):
+    return isinstance(a, torch.Tensor) and a.dim() == 4
+
+
+def arguments(name, dtype=torch.float32, layout="channels_last"):
+    x, grad, z = (activation(dtype=dtype, layout=layout) for _ in range(3))
+    channels = x.shape[1]
+    weight, bias, mean = torch.randn(3, channels)
+    var = torch.rand(channels) + 0.5
+    stats = OPS.bn_stats(x, weight, bias, 1e-5)
+    sums = torch.randn(SUMS_ROWS, channels)
+    return {
+        "bn_stats": [(x, weight, bias, 1e-5), (x, None, None, 1e-5)],
+        "bn_running_stats": [(mean, var, weight, bias, 1e-5), (mean, var, None, None, 1e-5)],
+        "bn_update_running_": [(mean, var, stats, 24, 0.1)],
+        "bn_act": [(x, stats, None, True), (x, stats, z, True), (x, stats, z, False)],
+        "bn_act_backward_reduce": [(grad, x, None, stats, True), (grad, x, z, stats, True)],
+        "bn_act_backward_reduce_": [(grad, x, z, stats)],
+        "bn_act_backward_apply": [(grad, x, stats, sums, True), (grad, x, stats, None, False)],
+        "bn_act_backward_apply_": [(grad, x, stats, sums, False)],
+    }[name]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ops.SCHEMAS)
+def test_opcheck(name, dtype, layout):
+    op = getattr(OPS, name).default
+    for args in arguments(name, dtype, layout):
+        torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("name", ops.SCHEMAS)
+def test_fake_has_the_strides_of_the_real_op(name):
+    """Also for a layout that is neither, and with a forced backend's own layout."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    in_place = name in ("bn_act_backward_reduce_", "bn_act_backward_apply_")
+    for args in arguments(name, layout="nchw"):
+        # what is written over has to be in the layout already
+        args = [
+            a if not is_activation(a) else a.mT.contiguous() if in_place and i == 0 else a.mT
+            for i, a in enumerate(args)
+        ]
+        op = getattr(OPS, name)
+        with FakeTensorMode() as mode:
+            fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+        real = op(*args)
+        if real is None:
+            assert fake is None
+            continue
+        for r, f in zip(*((o if isinstance(o, tuple) else (o,)) for o in (real, fake)), strict=True):
+            assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
+
+
+def test_every_op_has_an_implementation_on_every_backend_that_claims_it():
+    from fusedres import kernels
+
+    for name, served in plan.OPS.items():
+        if name in kernels.unavailable():
+            continue
+        for op in served:
+            assert callable(getattr(kernels.load(name), op)), (name, op)
+    assert set(plan.BN_OPS) <= set(ops.SCHEMAS)
+
+
+def test_what_is_written_over_has_to_be_in_the_layout_of_x():
+    for args in arguments("bn_act_backward_apply_"):
+        with pytest.raises(ValueError, match="grad is written over, so it must be in the layout of x"):
+            OPS.bn_act_backward_apply_(args[0].contiguous(), *args[1:])
+
+
+def test_refusals():
+    x = activation()
+    stats = OPS.bn_stats(x, None, None, 1e-5)
+    with pytest.raises(ValueError, match=r"x must be \[N, C, H, W\], got \[2, 5\]"):
+        OPS.bn_act(torch.randn(2, 5), stats, None, True)
+    with pytest.raises(ValueError, match=r"stats must be contiguous, \[5, 5\] on cpu, got \[5, 4\]"):
+        OPS.bn_act(x, torch.zeros(STATS_ROWS, 4), None, True)
+    with pytest.raises(TypeError, match="stats must be torch.float32, got torch.float64"):
+        OPS.bn_act(x, stats.double(), None, True)
+    with pytest.raises(ValueError, match=r"residual must have the shape and device of x, \[2, 5, 4, 3\]"):
+        OPS.bn_act(x, stats, x[:1], True)
+    with pytest.raises(TypeError, match="grad must have the dtype of x, torch.float32, got torch.bfloat16"):
+        OPS.bn_act_backward_apply(x.bfloat16(), x, stats, None, True)
+    with pytest.raises(ValueError, match="count must be at least 2 values per channel, got 1"):
+        OPS.bn_update_running_(torch.zeros(5), torch.ones(5), stats, 1, 0.1)
+    with pytest.raises(ValueError, match=r"weight must be contiguous"):
+        OPS.bn_stats(x, torch.ones(10)[::2], None, 1e-5)
+
+
+def test_backend_forces_and_refuses():
+    x = activation()
+    with fusedres.backend("reference"):
+        assert ops.forced_backend() == "reference"
+        OPS.bn_stats(x, None, None, 1e-5)
+    assert ops.forced_backend() == "auto"
+    names = "auto, triton, cuda, cpu, reference"
+    with (
+        pytest.raises(ValueError, match=f"backend must be one of {names}, got 'gpu'"),
+        fusedres.backend("gpu"),
+    ):
+        pass
+    with (
+        fusedres.backend("cuda"),
+        pytest.raises(RuntimeError, match="backend 'cuda' can't serve bn_stats on cpu"),
+    ):
+        OPS.bn_stats(x, None, None, 1e-5)
+    # left as it was after the error
+    assert ops.forced_backend() == "auto"
+
+
+def problem(**facts):
+    return plan.Problem(
+        **{"op": "bn_act", "device": "cuda", "dtype": "bfloat16", "capability": (9, 0)} | facts
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "unavailable", "expected", "reason"),
+    [
+        ({}, {}, "triton", "first choice on cuda"),
+        ({}, {"triton": "triton is not installed"}, "cuda", "triton is not installed"),
+        ({"op": "bn_stats"}, {"triton": "gone"}, "aten", "cuda has no kernel for bn_stats"),
+        ({"capability": (7, 5)}, {}, "aten", "compute capability 7.5, kernels need 8.0"),
+        ({"dtype": "float64"}, {}, "aten", "no kernel for float64"),
+        ({"device": "cpu", "capability": None}, {}, "cpu", "first choice on cpu"),
+        ({"device": "cpu", "capability": None}, {"cpu": "not built"}, "aten", "not built"),
+        ({"device": "mps", "capability": None}, {}, "aten", "no kernels for mps devices"),
+    ],
+)
+def test_plan(facts, unavailable, expected, reason):
+    choice = plan.choose(problem(**facts), unavailable)
+    assert choice.implementation == expected
+    assert reason in choice.reason
