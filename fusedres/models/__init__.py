@@ -1,0 +1,1 @@
+"""The networks: their structure, initialisation and pretrained weights."""

@@ -1,0 +1,57 @@
+"""The swap in an existing training script: one line changes, everything else stays."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import fusedres
+
+README = Path(__file__).parents[1] / "README.md"
+LINE = "model = fusedres.ResNet18()  # was: torchvision.models.resnet18()\n"
+
+
+def script(model: str) -> str:
+    """The README's training script with either model."""
+    found = re.search(r"<!-- swap -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert found is not None and LINE in found[1]
+    return found[1].replace(LINE, f"model = {model}\n")
+
+
+def loader() -> Any:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(24, 3, 64, 64, generator=generator)
+    labels = torch.randint(0, 1000, (24,), generator=generator)
+    return DataLoader(TensorDataset(images, labels), batch_size=8)
+
+
+def run(model: str, **names: Any) -> tuple[Any, list[float]]:
+    names = {"torch": torch, "loader": loader(), "losses": [], **names}
+    exec(script(model), names)
+    return names["model"], names["losses"]
+
+
+def test_three_steps_of_a_training_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")
+    torchvision = importlib.import_module("torchvision")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
+    torch.save(torchvision.models.resnet18().state_dict(), "resnet18.pt")
+
+    theirs, expected = run("torchvision.models.resnet18()", torchvision=torchvision)
+    ours, losses = run("fusedres.ResNet18()", fusedres=fusedres)
+
+    assert len(losses) == 3
+    assert losses == pytest.approx(expected, rel=1e-2)
+    # and back: what was trained loads into torchvision's model, and predicts the same there
+    torch.save(ours.state_dict(), "trained.pt")
+    theirs.load_state_dict(torch.load("trained.pt", weights_only=True))
+    images = next(iter(loader()))[0]
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-3, atol=1e-4)
