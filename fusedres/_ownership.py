@@ -19,12 +19,14 @@ def references(grad: Tensor) -> tuple[int, int, int]:
     """Holders of the tensor in C++, of its storage, and of its Python object."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(grad):
         return (0, 0, 0)
-    # private, so possibly gone one day: then nothing is ever owned
-    use_count = getattr(grad, "_use_count", None)
-    storage_use_count = getattr(torch._C, "_storage_Use_Count", None)
-    if use_count is None or storage_use_count is None:
+    private: Any = torch._C
+    try:
+        # by address: a Python object for the storage would itself be a holder, and stay one
+        storage = private._storage_Use_Count(private._storage_address(grad))
+        holders: int = grad._use_count()  # type: ignore[attr-defined]
+    except AttributeError:  # possibly gone one day: then nothing is ever owned
         return (0, 0, 0)
-    return (use_count(), storage_use_count(grad.untyped_storage()._cdata), sys.getrefcount(grad))
+    return (holders, storage, sys.getrefcount(grad))
 
 
 class _Probe(torch.autograd.Function):

@@ -284,6 +284,18 @@ class TestOverwrittenGradient:
             last = "bn_act_backward_reduce_" if residual else "bn_act_backward_apply_"
             assert seen.calls[last] == 1, seen.calls
 
+    @pytest.mark.skipif(not COMPILED, reason="the compiled module is not built")
+    def test_looking_leaves_no_holder_behind(self):
+        """du goes on to the shortcut, where the engine adds to it in place only if it holds it alone."""
+        case, (x, _, weight, bias, mean, var) = self.build()
+        z = x * 1.5
+        out = bn_act(z.sin(), weight, bias, mean, var, residual=z, training=True)
+        loss = (out * case.grad).sum()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss.backward()
+        names = [e.name for e in profile.events()]
+        assert "aten::add_" in names and "aten::add" not in names
+
     def test_callers_gradient(self):
         case, leaves = self.build()
         grad = case.grad.clone()
