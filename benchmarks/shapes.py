@@ -1,0 +1,97 @@
+"""The layer shapes of the nets, read off a forward pass on the meta device.
+
+``python benchmarks/shapes.py resnet50`` prints them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedres.cli.bench.eager import EagerBlock, EagerResNet
+
+IMAGE_SIZE = 224
+
+
+class Norm(NamedTuple):
+    """A batch norm, and what follows it."""
+
+    channels: int
+    height: int
+    width: int
+    residual: bool
+    relu: bool
+
+    def __str__(self) -> str:
+        follows = "+residual" * self.residual + "+relu" * self.relu
+        return f"{self.channels}x{self.height}x{self.width}{follows}"
+
+    def values(self, batch: int) -> int:
+        """Values in a tensor of ``batch`` images."""
+        return batch * self.channels * self.height * self.width
+
+
+class Conv(NamedTuple):
+    """A convolution without groups or dilation, padded by half its size."""
+
+    inputs: int
+    outputs: int
+    size: int
+    stride: int
+    height: int  # of the input
+    width: int
+
+    def __str__(self) -> str:
+        kernel, image = f"{self.size}x{self.size}/{self.stride}", f"{self.inputs}x{self.height}x{self.width}"
+        return f"{kernel} {image} -> {self.outputs}"
+
+
+def layers(model: str, image_size: int = IMAGE_SIZE) -> Counter[Norm | Conv]:
+    """The distinct layers of ``model`` in the order of a forward pass, and how many there are of each."""
+    found: Counter[Norm | Conv] = Counter()
+    with torch.device("meta"):
+        net, image = EagerResNet(model), torch.empty(1, 3, image_size, image_size)
+    ends = {f"{name}.bn{block.depth}" for name, block in net.named_modules() if isinstance(block, EagerBlock)}
+
+    def see(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        channels, height, width = inputs[0].shape[1:]
+        if isinstance(module, nn.Conv2d):
+            size, stride = module.kernel_size[0], module.stride[0]
+            found[Conv(channels, module.out_channels, size, stride, height, width)] += 1
+        else:
+            found[Norm(channels, height, width, name in ends, "downsample" not in name)] += 1
+
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            module.register_forward_pre_hook(_named(see, name))
+    net(image)
+    return found
+
+
+def _named(see: Any, name: str) -> Any:
+    return lambda module, inputs: see(name, module, inputs)
+
+
+def norms(models: Iterable[str], largest: int | None = None) -> list[Norm]:
+    """The distinct batch norms of ``models``.
+
+    Args:
+        models: names.
+        largest: only so many of each model, those that together move most memory.
+    """
+    chosen: dict[Norm, None] = {}
+    for model in models:
+        counts = {layer: count for layer, count in layers(model).items() if isinstance(layer, Norm)}
+        by_size = sorted(counts, key=lambda norm: norm.values(counts[norm]), reverse=True)
+        chosen |= dict.fromkeys(by_size[:largest])
+    return list(chosen)
+
+
+if __name__ == "__main__":
+    for layer, count in layers(*sys.argv[1:2]).items():
+        print(f"{count:>3} x {type(layer).__name__.lower():<5}{layer}")

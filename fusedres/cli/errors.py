@@ -1,0 +1,36 @@
+"""How a command fails: one line on stderr and an exit status."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+FAILED = 1  # the run failed
+USAGE = 2  # the command line can't be right
+
+
+class CommandError(Exception):
+    """A failure that the user can act on.
+
+    Args:
+        message: one line; what was wrong, what was needed.
+        status: the exit status.
+    """
+
+    def __init__(self, message: str, status: int = FAILED) -> None:
+        super().__init__(first_line(message))
+        self.status = status
+
+
+def first_line(error: object) -> str:
+    """The first line of a message that has any text, for errors that come with pages."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def require(module: str, purpose: str, package: str | None = None) -> ModuleType:
+    """Import an optional dependency, or say what it is for and how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = package or module.partition(".")[0]
+        raise CommandError(f"{purpose} needs {name}: pip install {name} ({first_line(error)})") from error
