@@ -21,9 +21,7 @@ def cpu_bn_stats(
 def cpu_bn_running_stats(
     c: int, mean: int, var: int, weight: int, bias: int, eps: float, stats: int
 ) -> None: ...
-def cpu_bn_update_running_(
-    c: int, mean: int, var: int, stats: int, count: int, momentum: float
-) -> None: ...
+def cpu_bn_update_running_(c: int, mean: int, var: int, stats: int, count: int, momentum: float) -> None: ...
 def cpu_bn_act(
     dtype: str,
     n: int,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 def references(grad: Tensor) -> tuple[int, int, int]:
     """Holders of the tensor in C++, of its storage, and of its Python object."""
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(grad):
+    if torch.compiler.is_compiling():
         return (0, 0, 0)
     private: Any = torch._C
     try:
@@ -33,13 +33,11 @@ class _Probe(torch.autograd.Function):
     """As many outputs as BNAct has, and a backward that is called the same way."""
 
     @staticmethod
-    def forward(x: Tensor, seen: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
-        return x * 1, x.detach().clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.seen = inputs[1]
-        ctx.mark_non_differentiable(output[1])
+    def forward(ctx: Any, x: Tensor, seen: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+        ctx.seen = seen
+        out, other = x * 1, x.detach().clone()
+        ctx.mark_non_differentiable(other)
+        return out, other
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:

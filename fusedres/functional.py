@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,30 +17,26 @@ __all__ = ["bn_act"]
 _OPS = torch.ops.fusedres
 
 
-class _AsGiven(inspect.Signature):
-    """A signature that binds positional arguments by returning them.
-
-    Function.apply binds its arguments to forward's signature anew at every call, for the sake of
-    defaults that forward doesn't have; that takes longer than a small kernel.
-    """
-
-    class Bound(NamedTuple):
-        args: tuple[Any, ...]
-        kwargs: dict[str, Any]
-
-        def apply_defaults(self) -> None:
-            pass
-
-    def bind(self, *args: Any, **kwargs: Any) -> Any:
-        return self.Bound(args, kwargs)
-
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _binds_as_given(forward: _F) -> _F:
-    forward.__signature__ = _AsGiven()  # type: ignore[attr-defined]
-    return forward
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    relu: bool,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the per-channel vectors that it came from."""
+    dtype = ops.stats_dtype(x)
+    weight = None if weight is None else weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if training:
+        stats = _OPS.bn_stats(x, weight, bias, eps)
+    else:
+        stats = _OPS.bn_running_stats(running_mean, running_var, weight, bias, eps)
+    return _OPS.bn_act(x, stats, residual, relu), stats
 
 
 class BNAct(torch.autograd.Function):
@@ -53,8 +47,8 @@ class BNAct(torch.autograd.Function):
     """
 
     @staticmethod
-    @_binds_as_given
     def forward(
+        ctx: Any,
         x: Tensor,
         residual: Tensor | None,
         weight: Tensor | None,
@@ -65,24 +59,15 @@ class BNAct(torch.autograd.Function):
         training: bool,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        w = None if weight is None else weight.float() if x.dtype != torch.float64 else weight
-        b = None if bias is None else bias.float() if x.dtype != torch.float64 else bias
-        if training:
-            stats = _OPS.bn_stats(x, w, b, eps)
-        else:
-            stats = _OPS.bn_running_stats(running_mean, running_var, w, b, eps)
-        return _OPS.bn_act(x, stats, residual, relu), stats
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, residual, weight, bias, _, _, ctx.relu, ctx.training, _ = inputs
-        z, stats = output
+        z, stats = _forward(x, residual, weight, bias, running_mean, running_var, relu, training, eps)
+        ctx.relu, ctx.training = relu, training
         ctx.dtypes = tuple(None if p is None else p.dtype for p in (weight, bias))
-        ctx.through_relu = residual is not None and ctx.relu
+        ctx.through_relu = residual is not None and relu
         ctx.backend = ops.forced_backend()
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, z if ctx.through_relu else None, stats)
+        return z, stats
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -139,14 +124,8 @@ class BNAct(torch.autograd.Function):
         return dx, dresidual, dweight, dbias, None, None, None, None, None
 
 
-def _differentiated(inputs: tuple[Tensor | None, ...]) -> bool:
-    """Whether autograd, in either mode, or a torch.func transform has to see the call."""
-    return (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    ) or _transformed()
-
-
 def _transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is at work, which a pointer kernel can't follow."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -182,6 +161,9 @@ def bn_act(
         momentum: weight of the new statistics in the running ones.
         eps: added to the variance.
 
+    PyTorch's own operators run under a torch.func transform or forward-mode AD, which they can follow,
+    and on a CPU for activations so small that a kernel wouldn't pay (unless a backend is forced).
+
     Returns:
         [N, C, H, W], dtype of x.
 
@@ -192,12 +174,10 @@ def bn_act(
         RuntimeError: a forced backend (:func:`fusedres.backend`) can't serve the call.
     """
     _check(x, weight, bias, running_mean, running_var, residual, training)
-    served = ops.served("bn_act", x.device, x.dtype, ops.forced_backend())
-    if (
-        not served
-        or x.numel() == 0
-        or (running_mean is not None and running_mean.dtype != ops.stats_dtype(x))
-    ):
+    least = ops.served_from("bn_act", x.device, x.dtype, ops.forced_backend())
+    values = x.numel()
+    kept = running_mean is None or running_mean.dtype == ops.stats_dtype(x)
+    if least is None or values < max(least, 1) or not kept or _transformed():
         out = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         if residual is not None:
             out = out + residual
@@ -205,10 +185,13 @@ def bn_act(
     # once here rather than in every op, forward and backward
     x = x.contiguous(memory_format=ops.layout(x))
     arguments = (x, residual, weight, bias, running_mean, running_var, relu, training, eps)
-    z, stats = BNAct.apply(*arguments) if _differentiated(arguments[:4]) else BNAct.forward(*arguments)
+    differentiated = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, residual, weight, bias)
+    )
+    z, stats = BNAct.apply(*arguments) if differentiated else _forward(*arguments)
     if training and running_mean is not None:
         with torch.no_grad():
-            _OPS.bn_update_running_(running_mean, running_var, stats, x.numel() // x.shape[1], momentum)
+            _OPS.bn_update_running_(running_mean, running_var, stats, values // x.shape[1], momentum)
     return z
 
 

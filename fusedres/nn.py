@@ -77,6 +77,21 @@ def _traced(x: Tensor) -> str | None:
     return None
 
 
+def _tensors(norm: nn.Module) -> tuple[Any, ...]:
+    """weight, bias, running mean and variance, past nn.Module's slow way to an attribute.
+
+    Something that is no tensor stands for one that isn't where its class puts it.
+    """
+    parameters: dict[str, Any] = norm._parameters if type(norm) is nn.BatchNorm2d else norm._buffers
+    buffers = norm._buffers
+    return (
+        parameters.get("weight", norm),
+        parameters.get("bias", norm),
+        buffers.get("running_mean", norm),
+        buffers.get("running_var", norm),
+    )
+
+
 def unfused_reason(
     norm: nn.Module, act: nn.Module | None, x: Tensor | None = None, residual: Tensor | None = None
 ) -> str | None:
@@ -106,12 +121,12 @@ def unfused_reason(
         why = _traced(x)
         if why is not None:
             return why
-    weight = norm.weight
+    weight, bias, mean, var = _tensors(norm)
     if not (
         type(weight) in _PLAIN_OR_NONE
-        and type(norm.bias) in _PLAIN_OR_NONE
-        and type(norm.running_mean) in _PLAIN_OR_NONE
-        and type(norm.running_var) in _PLAIN_OR_NONE
+        and type(bias) in _PLAIN_OR_NONE
+        and type(mean) in _PLAIN_OR_NONE
+        and type(var) in _PLAIN_OR_NONE
     ):
         return "the norm's parameters or buffers aren't plain tensors"
     if x is None:
@@ -132,7 +147,7 @@ def unfused_reason(
 
 def _fused(norm: Any, relu: bool, x: Tensor, residual: Tensor | None) -> Tensor:
     """``functional.bn_act`` with the arguments that ``norm``'s own forward would give F.batch_norm."""
-    mean, var = norm.running_mean, norm.running_var
+    weight, bias, mean, var = _tensors(norm)
     training, momentum = False, None
     if type(norm) is nn.BatchNorm2d:
         training, momentum = norm.training, norm.momentum
@@ -145,8 +160,8 @@ def _fused(norm: Any, relu: bool, x: Tensor, residual: Tensor | None) -> Tensor:
         training = training or (mean is None and var is None)
     return functional.bn_act(
         x,
-        norm.weight,
-        norm.bias,
+        weight,
+        bias,
         mean,
         var,
         residual=residual,

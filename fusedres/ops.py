@@ -88,13 +88,16 @@ def choice(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> pl
     return plan.choose(problem, kernels.unavailable(), forced)
 
 
-def served(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> bool:
-    """Whether a kernel of ours serves ``op``; else PyTorch's own operators run."""
-    return choice(op, device, dtype, forced).implementation != "aten"
+def served_from(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> int | None:
+    """Values of an activation from which a kernel of ours runs; None if PyTorch's own operators do."""
+    implementation = choice(op, device, dtype, forced).implementation
+    if implementation == "aten":
+        return None
+    return plan.least_values(implementation, str(dtype).removeprefix("torch.")) if forced == "auto" else 0
 
 
 # torch.compiler.assume_constant_result without its import of dynamo, which takes a second
-served._dynamo_marked_constant = True  # type: ignore[attr-defined]
+served_from._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _kernel(op: str, x: Tensor) -> Callable[..., None]:

@@ -12,7 +12,7 @@ from fused_ops import FusedOps
 from tolerances import assert_close_to_reference
 
 import fusedres
-from fusedres import kernels
+from fusedres import kernels, plan
 from fusedres.functional import bn_act
 
 COMPILED = "cpu" not in kernels.unavailable()
@@ -279,7 +279,7 @@ class TestOverwrittenGradient:
             pytest.skip(kernels.unavailable()["cpu"])
         for residual in (False, True):
             case, leaves = self.build(residual)
-            with FusedOps() as seen:
+            with fusedres.backend("cpu"), FusedOps() as seen:
                 (self.apply(case, leaves) * case.grad).sum().backward()
             last = "bn_act_backward_reduce_" if residual else "bn_act_backward_apply_"
             assert seen.calls[last] == 1, seen.calls
@@ -387,6 +387,19 @@ def test_saved_for_backward():
             out = bn_act(x, weight, bias, mean, var, residual=r, training=True)
         large = [t.data_ptr() for t in saved if t.numel() == x.numel()]
         assert large == [x.data_ptr()] + ([out.data_ptr()] if residual else [])
+
+
+@pytest.mark.skipif(not COMPILED, reason="the compiled module is not built")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_activations_are_left_to_aten(dtype):
+    """From as many values as the plan says our kernels run, below they don't unless forced."""
+    least = plan.least_values("cpu", str(dtype).removeprefix("torch."))
+    assert least > 0
+    for values, forced, expected in ((least, "auto", 1), (least - 64, "auto", 0), (64 * 8, "cpu", 1)):
+        x = torch.zeros(values // 64, 64, 1, 1, dtype=dtype)
+        with fusedres.backend(forced), FusedOps() as seen, torch.no_grad():
+            bn_act(x, None, None, None, None, training=True)
+        assert seen.calls["bn_act"] == expected, (values, forced)
 
 
 class TestErrors:
