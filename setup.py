@@ -23,6 +23,12 @@ class CMakeBuild(build_ext):
     """One extension, built by CMake into the place setuptools expects it at."""
 
     def build_extension(self, ext: Extension) -> None:
+        cuda = os.environ.get("FUSEDRES_BUILD_CUDA", "auto")
+        if cuda not in ("auto", "1", "0"):
+            raise SystemExit(f"FUSEDRES_BUILD_CUDA must be auto, 1 or 0, got {cuda!r}")
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        if not jobs.isdecimal() or int(jobs) < 1:
+            raise SystemExit(f"MAX_JOBS must be a whole number from 1 up, got {jobs!r}")
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -34,14 +40,11 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DPYTHON_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DFUSEDRES_BUILD_CUDA={os.environ.get('FUSEDRES_BUILD_CUDA', 'auto')}",
+            f"-DFUSEDRES_BUILD_CUDA={cuda}",
         ]
         if "CMAKE_CUDA_ARCHITECTURES" in os.environ:
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={os.environ['CMAKE_CUDA_ARCHITECTURES']}")
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        if not jobs.isdecimal() or int(jobs) < 1:
-            raise SystemExit(f"MAX_JOBS must be a whole number from 1 up, got {jobs!r}")
         subprocess.run([*configure, str(SOURCE)], cwd=build, check=True)
         subprocess.run(["cmake", "--build", ".", "--parallel", jobs], cwd=build, check=True)
 
