@@ -177,11 +177,13 @@ def bn_act(
     least = ops.served_from("bn_act", x.device, x.dtype, ops.forced_backend())
     values = x.numel()
     kept = running_mean is None or running_mean.dtype == ops.stats_dtype(x)
-    if least is None or values < max(least, 1) or not kept or _transformed():
+    transformed = _transformed()
+    if least is None or values < max(least, 1) or not kept or transformed:
         out = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         if residual is not None:
-            out = out + residual
-        return F.relu(out) if relu else out
+            # in place, as torchvision's blocks; vmap could not if only the residual is batched
+            out = out + residual if transformed else out.add_(residual)
+        return F.relu(out, inplace=not transformed) if relu else out
     # once here rather than in every op, forward and backward
     x = x.contiguous(memory_format=ops.layout(x))
     arguments = (x, residual, weight, bias, running_mean, running_var, relu, training, eps)
