@@ -55,3 +55,12 @@ def test_three_steps_of_a_training_script(tmp_path: Path, monkeypatch: pytest.Mo
     images = next(iter(loader()))[0]
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-3, atol=1e-4)
+
+
+def test_every_other_snippet_of_the_readme_runs() -> None:
+    blocks = re.findall(r"(?<!<!-- swap -->\n)```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        names: dict[str, Any] = {}
+        exec(block, names)
+        assert names["z"].shape == names["x"].shape and names["bn"].running_mean.abs().sum() > 0
