@@ -7,11 +7,12 @@ CORE_TORCH ?= torch==2.13.0
 BIN := .venv/bin
 CORE_BIN := .venv-core/bin
 PIP := -m pip install --quiet --disable-pip-version-check
-CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/emulation/*.cu)
 BUILD := CMakeLists.txt setup.py pyproject.toml $(CPP)
 HAS_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10))
 
-.PHONY: demo test lint test-main test-interpreted test-core codegen bench format clean
+.PHONY: demo test lint test-main test-interpreted test-emulated test-core codegen bench format clean
 
 demo: .venv/ready
 	mkdir -p demo
@@ -20,20 +21,27 @@ demo: .venv/ready
 	$(BIN)/fusedres train --data digits --out demo/digits
 	@echo "The table above is in demo/bench.json, the picture in demo/bench.png, the trained net in demo/digits."
 
-test: lint test-main test-interpreted test-core
+test: lint test-main test-interpreted test-emulated test-core
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/clang-format --dry-run -Werror $(CPP) $(EMULATION)
 
 test-main: .venv/ready
 	$(BIN)/pytest tests --durations=10
 
 # the Triton kernels on a CPU, in Triton's interpreter
 test-interpreted: .venv/ready
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_triton_kernels.py
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_gpu_kernels.py
+
+# the CUDA kernels on a CPU, compiled by g++ with sanitizers over an emulation of the execution model
+test-emulated: .venv/ready
+	if variables=$$($(BIN)/python tests/emulation/build.py --env); then \
+		env $$variables $(BIN)/pytest tests/emulation tests/test_gpu_kernels.py \
+			tests/test_bn_relu_maxpool.py tests/test_global_avg_pool.py tests/test_cast_weights.py; \
+	fi
 
 # a plain install without nvcc, Triton and torchvision, on another PyTorch
 test-core: .venv-core/ready
@@ -49,7 +57,7 @@ bench: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(CPP) $(EMULATION)
 
 clean:
 	rm -rf .venv .venv-core build demo fusedres/_C*.so

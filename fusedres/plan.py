@@ -20,18 +20,28 @@ BN_OPS = (
     "bn_act_backward_reduce",
     "bn_act_backward_apply",
 )
+MAXPOOL_OPS = (
+    "bn_relu_maxpool",
+    "bn_relu_maxpool_backward_reduce",
+    "bn_relu_maxpool_backward_apply",
+)
+AVGPOOL_OPS = ("global_avg_pool", "global_avg_pool_backward")
+ALL_OPS = (*BN_OPS, *MAXPOOL_OPS, *AVGPOOL_OPS, "cast_weights")
+# a few ops save passes over what others, and PyTorch's own, do as well: where an implementation hasn't
+# got one of these the callers take those, also if it is forced
+COMPOSED = frozenset(ALL_OPS) - frozenset(BN_OPS)
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 MIN_CAPABILITY = (8, 0)
 
 # the ops that each implementation has, and the kind of device it runs on
 OPS = {
-    "cpu": frozenset(BN_OPS),
+    "cpu": frozenset(BN_OPS + MAXPOOL_OPS),
     "triton": frozenset(BN_OPS),
-    "cuda": frozenset({"bn_act"}),
+    "cuda": frozenset(ALL_OPS),
 }
 DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
-# in the order of preference on a device
-CANDIDATES = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+# in the order of preference on a device; a CUDA kernel takes less time to launch than Triton's
+CANDIDATES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 # Values of an activation from which a CPU kernel pays: below, the call costs more than it saves, since
 # PyTorch's second pass finds a small tensor in the cache. From whole steps of ResNet-18 and 50 at batch
 # 1 to 16 on two cores, by dtype.
@@ -97,6 +107,8 @@ def choose(problem: Problem, unavailable: Mapping[str, str], forced: str = "auto
     if forced != "auto":
         why = refusal(forced, problem, unavailable)
         if why is not None:
+            if forced not in unavailable and problem.op in COMPOSED - OPS[forced]:
+                return Choice("aten", why)
             raise RuntimeError(f"backend {forced!r} can't serve {problem.op} on {problem.device}: {why}")
         return Choice(forced, "forced")
     reasons: list[str] = []

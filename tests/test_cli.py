@@ -183,7 +183,7 @@ def test_info_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert torch.__version__ in out
-    assert all(op in out for op in plan.BN_OPS)
+    assert all(op in out for op in plan.ALL_OPS)
 
 
 def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,7 +193,7 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["cpu"]["threads"] == torch.get_num_threads()
     assert isinstance(facts["compiled_module"]["loads"], bool)
     on_cpu = [entry for entry in facts["ops"] if entry["device"] == "cpu"]
-    assert [entry["op"] for entry in on_cpu] == list(plan.BN_OPS)
+    assert [entry["op"] for entry in on_cpu] == list(plan.ALL_OPS)
     for entry in on_cpu:
         for choice in entry["dtypes"].values():
             assert choice["implementation"] in (*plan.IMPLEMENTATIONS, "aten")

@@ -22,34 +22,62 @@ def is_activation(a):
 
 
 def arguments(name, dtype=torch.float32, layout="channels_last"):
-    x, grad, z = (activation(dtype=dtype, layout=layout) for _ in range(3))
+    x, grad, z, r = (activation(dtype=dtype, layout=layout) for _ in range(4))
     channels = x.shape[1]
     weight, bias, mean = torch.randn(3, channels)
     var = torch.rand(channels) + 0.5
-    stats = OPS.bn_stats(x, weight, bias, 1e-5)
-    sums = torch.randn(SUMS_ROWS, channels)
+    stats, r_stats = (OPS.bn_stats(t, weight, bias, 1e-5) for t in (x, r))
+    sums, r_sums = torch.randn(2, SUMS_ROWS, channels)
+    pooled, index = OPS.bn_relu_maxpool(x, stats)
+    small = torch.float16 if dtype == torch.float32 else dtype
     return {
         "bn_stats": [(x, weight, bias, 1e-5), (x, None, None, 1e-5)],
         "bn_running_stats": [(mean, var, weight, bias, 1e-5), (mean, var, None, None, 1e-5)],
         "bn_update_running_": [(mean, var, stats, 24, 0.1)],
-        "bn_act": [(x, stats, None, True), (x, stats, z, True), (x, stats, z, False)],
-        "bn_act_backward_reduce": [(grad, x, None, stats, True), (grad, x, z, stats, True)],
-        "bn_act_backward_reduce_": [(grad, x, z, stats)],
-        "bn_act_backward_apply": [(grad, x, stats, sums, True), (grad, x, stats, None, False)],
-        "bn_act_backward_apply_": [(grad, x, stats, sums, False)],
+        "bn_act": [
+            (x, stats, None, None, True),
+            (x, stats, z, None, True),
+            (x, stats, z, None, False),
+            (x, stats, r, r_stats, True),
+        ],
+        "bn_act_backward_reduce": [
+            (grad, x, None, stats, None, None, True),
+            (grad, x, z, stats, None, None, True),
+            (grad, x, z, stats, r, r_stats, True),
+            (grad, x, None, stats, r, r_stats, False),
+        ],
+        "bn_act_backward_reduce_": [
+            (grad, x, z, stats, None, None),
+            (grad, x, z, stats, r, r_stats),
+        ],
+        "bn_act_backward_apply": [
+            (grad, x, stats, sums, None, None, None, True),
+            (grad, x, stats, None, None, None, None, False),
+            (grad, x, stats, sums, r, r_stats, r_sums, False),
+        ],
+        "bn_act_backward_apply_": [
+            (grad, x, stats, sums, None, None, None, False),
+            (grad, x, stats, sums, r, r_stats, r_sums, False),
+        ],
+        "bn_relu_maxpool": [(x, stats)],
+        "bn_relu_maxpool_backward_reduce": [(pooled, index, x, stats)],
+        "bn_relu_maxpool_backward_apply": [(pooled, index, x, stats, sums), (pooled, index, x, stats, None)],
+        "global_avg_pool": [(x,)],
+        "global_avg_pool_backward": [(activation((2, 5, 1, 1), dtype), 3, 4)],
+        "cast_weights": [([activation(layout=layout), activation((4, 3, 1, 1), layout=layout)], small)],
     }[name]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ops.SCHEMAS)
+@pytest.mark.parametrize("name", ops.OPS)
 def test_opcheck(name, dtype, layout):
     op = getattr(OPS, name).default
     for args in arguments(name, dtype, layout):
         torch.library.opcheck(op, args)
 
 
-@pytest.mark.parametrize("name", ops.SCHEMAS)
+@pytest.mark.parametrize("name", ops.OPS)
 def test_fake_has_the_strides_of_the_real_op(name):
     """Also for a layout that is neither, and with a forced backend's own layout."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -63,12 +91,13 @@ def test_fake_has_the_strides_of_the_real_op(name):
         ]
         op = getattr(OPS, name)
         with FakeTensorMode() as mode:
-            fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+            fakes = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, args)
+            fake = op(*fakes)
         real = op(*args)
         if real is None:
             assert fake is None
             continue
-        for r, f in zip(*((o if isinstance(o, tuple) else (o,)) for o in (real, fake)), strict=True):
+        for r, f in zip(*((o if isinstance(o, tuple | list) else (o,)) for o in (real, fake)), strict=True):
             assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
 
 
@@ -80,7 +109,7 @@ def test_every_op_has_an_implementation_on_every_backend_that_claims_it():
             continue
         for op in served:
             assert callable(getattr(kernels.load(name), op)), (name, op)
-    assert set(plan.BN_OPS) <= set(ops.SCHEMAS)
+    assert set(plan.BN_OPS) <= set(ops.OPS)
 
 
 def test_what_is_written_over_has_to_be_in_the_layout_of_x():
@@ -93,19 +122,48 @@ def test_refusals():
     x = activation()
     stats = OPS.bn_stats(x, None, None, 1e-5)
     with pytest.raises(ValueError, match=r"x must be \[N, C, H, W\], got \[2, 5\]"):
-        OPS.bn_act(torch.randn(2, 5), stats, None, True)
+        OPS.bn_act(torch.randn(2, 5), stats, None, None, True)
     with pytest.raises(ValueError, match=r"stats must be contiguous, \[5, 5\] on cpu, got \[5, 4\]"):
-        OPS.bn_act(x, torch.zeros(STATS_ROWS, 4), None, True)
+        OPS.bn_act(x, torch.zeros(STATS_ROWS, 4), None, None, True)
     with pytest.raises(TypeError, match="stats must be torch.float32, got torch.float64"):
-        OPS.bn_act(x, stats.double(), None, True)
+        OPS.bn_act(x, stats.double(), None, None, True)
     with pytest.raises(ValueError, match=r"residual must have the shape and device of x, \[2, 5, 4, 3\]"):
-        OPS.bn_act(x, stats, x[:1], True)
+        OPS.bn_act(x, stats, x[:1], None, True)
+    with pytest.raises(ValueError, match="residual_stats needs a residual"):
+        OPS.bn_act(x, stats, None, stats, True)
+    no_branch = (None, None, None)
     with pytest.raises(TypeError, match="grad must have the dtype of x, torch.float32, got torch.bfloat16"):
-        OPS.bn_act_backward_apply(x.bfloat16(), x, stats, None, True)
+        OPS.bn_act_backward_apply(x.bfloat16(), x, stats, None, *no_branch, True)
+    with pytest.raises(ValueError, match="relu must be False with a residual"):
+        OPS.bn_act_backward_apply(x, x, stats, None, x, stats, None, True)
+    with pytest.raises(ValueError, match="residual needs residual_stats"):
+        OPS.bn_act_backward_reduce(x, x, x, stats, x, None, True)
+    with pytest.raises(ValueError, match="z must be given where a residual went through the ReLU"):
+        OPS.bn_act_backward_reduce(x, x, None, stats, x, stats, True)
+    with pytest.raises(ValueError, match="z is for the mask of a ReLU, and there is none"):
+        OPS.bn_act_backward_reduce(x, x, x, stats, None, None, False)
     with pytest.raises(ValueError, match="count must be at least 2 values per channel, got 1"):
         OPS.bn_update_running_(torch.zeros(5), torch.ones(5), stats, 1, 0.1)
     with pytest.raises(ValueError, match=r"weight must be contiguous"):
         OPS.bn_stats(x, torch.ones(10)[::2], None, 1e-5)
+
+
+def test_refusals_of_the_pools_and_casts():
+    x = activation()
+    stats = OPS.bn_stats(x, None, None, 1e-5)
+    z, index = OPS.bn_relu_maxpool(x, stats)
+    with pytest.raises(ValueError, match=r"grad must be \[2, 5, 2, 2\] on cpu, got \[2, 5, 4, 3\]"):
+        OPS.bn_relu_maxpool_backward_reduce(x, index, x, stats)
+    with pytest.raises(TypeError, match="index must be torch.uint8, got torch.int64"):
+        OPS.bn_relu_maxpool_backward_apply(z, index.long(), x, stats, None)
+    with pytest.raises(ValueError, match=r"x must be \[N, C, H, W\], got \[5, 4, 3\]"):
+        OPS.global_avg_pool(x[0])
+    with pytest.raises(ValueError, match=r"grad must be \[N, C, 1, 1\], got \[2, 5, 4, 3\]"):
+        OPS.global_avg_pool_backward(x, 4, 3)
+    with pytest.raises(ValueError, match=r"weights must be 4D torch.float32, got 4D .* torch.bfloat16"):
+        OPS.cast_weights([x.bfloat16()], torch.bfloat16)
+    with pytest.raises(TypeError, match="dtype must be torch.bfloat16 or torch.float16, got torch.float64"):
+        OPS.cast_weights([x], torch.float64)
 
 
 def test_backend_forces_and_refuses():
@@ -138,9 +196,9 @@ def problem(**facts):
 @pytest.mark.parametrize(
     ("facts", "unavailable", "expected", "reason"),
     [
-        ({}, {}, "triton", "first choice on cuda"),
-        ({}, {"triton": "triton is not installed"}, "cuda", "triton is not installed"),
-        ({"op": "bn_stats"}, {"triton": "gone"}, "aten", "cuda has no kernel for bn_stats"),
+        ({}, {}, "cuda", "first choice on cuda"),
+        ({}, {"cuda": "built without CUDA"}, "triton", "built without CUDA"),
+        ({"op": "cast_weights"}, {"cuda": "gone"}, "aten", "triton has no kernel for cast_weights"),
         ({"capability": (7, 5)}, {}, "aten", "compute capability 7.5, kernels need 8.0"),
         ({"dtype": "float64"}, {}, "aten", "no kernel for float64"),
         ({"device": "cpu", "capability": None}, {}, "cpu", "first choice on cpu"),

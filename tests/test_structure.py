@@ -17,7 +17,19 @@ from fusedres import kernels
 PACKAGE = Path(fusedres.__file__).parent
 
 # each layer may import from those after it, and from itself
-LAYERS = ["cli", "training", "models", "nn", "functional", "_ownership", "ops", "kernels", "plan", "_C"]
+LAYERS = [
+    "cli",
+    "training",
+    "models",
+    "_explain",
+    "nn",
+    "functional",
+    "_ownership",
+    "ops",
+    "kernels",
+    "plan",
+    "_C",
+]
 LEAVES = {"plan", "_C", "_version", "_ownership"}
 
 
@@ -153,7 +165,7 @@ print(module.cpu_isa(), "torch" in sys.modules)
         with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got int8"):
             _C.cpu_bn_stats("int8", *shape[1:], 8, 0, 0, 1e-5, 8)
         with pytest.raises(ValueError, match="an activation must not be empty"):
-            _C.cpu_bn_act("float32", 0, 4, 4, False, 1, 8, 8, 0, True, 8)
+            _C.cpu_bn_act("float32", 0, 4, 4, False, 1, 8, 8, 0, 0, True, 8)
         with pytest.raises(ValueError, match="no instruction set sse9"):
             _C.use_cpu_isa("sse9")
 

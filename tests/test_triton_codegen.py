@@ -43,37 +43,88 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # shared memory that one program can have, in KiB, by compute capability
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
-ACTIVATIONS = {"x", "z", "residual", "grad", "du", "dx"}
-WRITTEN = {"bn_act_fwd_kernel": "z", "bn_act_bwd_partial_kernel": "du", "bn_act_bwd_apply_kernel": "dx"}
+ACTIVATIONS = {"x", "z", "residual", "grad", "du", "dx", "dresidual"}
+WRITTEN = {
+    "bn_act_fwd_kernel": {"z"},
+    "bn_act_bwd_partial_kernel": {"du"},
+    "bn_act_bwd_apply_kernel": {"dx", "dresidual"},
+}
 INTEGERS = {"rows", "channels", "channel_groups", "steps", "programs", "rows_per_program"}
 FLOATS = {"eps", "momentum", "unbias"}
 
-# kernel -> its configs, and the constants that select a variant (None: the tensor isn't given), those of
-# a ResNet's training step first
-KERNELS: dict[Any, tuple[tuple[BnConfig, ...], list[dict[str, Any]]]] = {
-    bn_act_fwd_kernel: (
+
+class Kernel(NamedTuple):
+    """A kernel under one set of configs.
+
+    ``variants`` are the constants that select one, None for a tensor that isn't given; those of a ResNet's
+    training step come first, and are ``typical`` in number.
+    """
+
+    function: Any
+    configs: tuple[BnConfig, ...]
+    variants: list[dict[str, Any]]
+    typical: int = 1
+
+
+PLAIN_RESIDUAL: dict[str, Any] = {"residual_stats": None}
+NO_RESIDUAL = PLAIN_RESIDUAL | {"residual": None}
+NO_RESIDUAL_SUMS = {"residual_stats": None, "residual_sums": None}
+NO_BRANCH = NO_RESIDUAL | NO_RESIDUAL_SUMS | {"dresidual": None}
+NO_Z: dict[str, Any] = {"z": None, "du": None}
+
+KERNELS = [
+    Kernel(
+        bn_act_fwd_kernel,
         config.CONFIGS["bn_act"],
         [
-            {"RELU": True},
-            {"RELU": True, "residual": None},
-            {"RELU": False, "residual": None},
-            {"RELU": False},
+            {"RELU": True} | PLAIN_RESIDUAL,
+            {"RELU": True} | NO_RESIDUAL,
+            {"RELU": False} | PLAIN_RESIDUAL,
+            {"RELU": False} | NO_RESIDUAL,
         ],
     ),
-    bn_stats_partial_kernel: (config.CONFIGS["bn_stats"], [{}]),
-    bn_stats_finalize_kernel: ((config.FINALIZE,), [{}, {"weight": None, "bias": None}]),
-    bn_running_stats_kernel: ((config.PER_CHANNEL,), [{}, {"weight": None, "bias": None}]),
-    bn_update_running_kernel: ((config.PER_CHANNEL,), [{}]),
-    bn_act_bwd_partial_kernel: (
+    Kernel(bn_act_fwd_kernel, config.CONFIGS["bn_act_branch"], [{"RELU": True}, {"RELU": False}]),
+    Kernel(bn_stats_partial_kernel, config.CONFIGS["bn_stats"], [{}]),
+    Kernel(bn_stats_finalize_kernel, (config.FINALIZE,), [{}, {"weight": None, "bias": None}]),
+    Kernel(bn_running_stats_kernel, (config.PER_CHANNEL,), [{}, {"weight": None, "bias": None}]),
+    Kernel(bn_update_running_kernel, (config.PER_CHANNEL,), [{}]),
+    Kernel(
+        bn_act_bwd_partial_kernel,
         config.CONFIGS["bn_act_backward_reduce"],
-        [{"RELU": True}, {"RELU": True, "z": None, "du": None}, {"RELU": False, "z": None, "du": None}],
+        [
+            {"RELU": True} | NO_RESIDUAL,
+            {"RELU": True} | NO_RESIDUAL | NO_Z,
+            {"RELU": False} | NO_RESIDUAL | NO_Z,
+        ],
+        typical=2,
     ),
-    bn_act_bwd_finalize_kernel: ((config.FINALIZE,), [{}]),
-    bn_act_bwd_apply_kernel: (
+    Kernel(
+        bn_act_bwd_partial_kernel,
+        config.CONFIGS["bn_act_backward_reduce_branch"],
+        [{"RELU": True}, {"RELU": False} | NO_Z],
+    ),
+    Kernel(bn_act_bwd_finalize_kernel, (config.FINALIZE,), [NO_RESIDUAL_SUMS, {}], typical=2),
+    Kernel(
+        bn_act_bwd_apply_kernel,
         config.CONFIGS["bn_act_backward_apply"],
-        [{"RELU": True}, {"RELU": False}, {"RELU": True, "sums": None}, {"RELU": False, "sums": None}],
+        [
+            {"RELU": True} | NO_BRANCH,
+            {"RELU": False} | NO_BRANCH,
+            {"RELU": True, "sums": None} | NO_BRANCH,
+            {"RELU": False, "sums": None} | NO_BRANCH,
+        ],
     ),
-}
+    Kernel(
+        bn_act_bwd_apply_kernel,
+        config.CONFIGS["bn_act_backward_apply_branch"],
+        [
+            {"RELU": False},
+            {"RELU": False, "sums": None},
+            {"RELU": False, "residual_sums": None},
+            {"RELU": False, "sums": None, "residual_sums": None},
+        ],
+    ),
+]
 
 
 class Case(NamedTuple):
@@ -153,46 +204,55 @@ def check(case: Case, compiled: Compiled) -> None:
     accesses = re.findall(r"\b(ld|st)\.global(\S*)", compiled.ptx)
     narrow = [width for kind, width in accesses if kind == "ld" and ".v4.b32" not in width]
     assert not narrow, f"narrow loads: {narrow}"
-    written = WRITTEN.get(case.kernel.__name__)
-    if written is not None and written not in case.variant:
-        tile_bytes = case.config.block_m * case.config.block_c * ITEMSIZES[case.dtype]
-        wide = sum(kind == "st" and ".v4.b32" in width for kind, width in accesses)
-        assert wide == tile_bytes // (case.config.threads * config.ACCESS_BYTES), f"{wide} wide stores"
+    written = len(WRITTEN.get(case.kernel.__name__, set()) - case.variant.keys())
+    tile_bytes = case.config.block_m * case.config.block_c * ITEMSIZES[case.dtype]
+    wide = sum(kind == "st" and ".v4.b32" in width for kind, width in accesses)
+    if written:
+        expected = written * tile_bytes // (case.config.threads * config.ACCESS_BYTES)
+        assert wide == expected, f"{wide} wide stores"
 
 
-def shipped() -> Iterator[Case]:
-    for kernel, (configs, variants) in KERNELS.items():
-        dtypes = ITEMSIZES if "VEC" in kernel.arg_names else ["fp32"]
-        for c, variant, dtype, arch in itertools.product(configs, variants, dtypes, SHARED_KIB):
-            yield Case(kernel, c, variant, dtype, arch)
+def shipped() -> Iterator[tuple[Case, bool]]:
+    """Everything that may be launched, and whether it is typical.
+
+    That is the first config of every kernel in a training step, on every architecture; fp32 on one.
+    """
+    for kernel in KERNELS:
+        dtypes = list(ITEMSIZES) if "VEC" in kernel.function.arg_names else ["fp32"]
+        for c, variant, dtype, arch in itertools.product(kernel.configs, kernel.variants, dtypes, SHARED_KIB):
+            case = Case(kernel.function, c, variant, dtype, arch)
+            trained = c == kernel.configs[0] and variant in kernel.variants[: kernel.typical]
+            in_dtype = dtype == "bf16" or (dtype == "fp32" and (arch == 90 or not case.streams))
+            yield case, trained and in_dtype
             if arch == 90 and dtype == "bf16":
-                yield Case(kernel, c, variant, dtype, arch, vec=1)
+                yield case._replace(vec=1), False
 
 
-def is_typical(case: Case) -> bool:
-    """The first config of every kernel in a training step, on every architecture; fp32 on one."""
-    configs, variants = KERNELS[case.kernel]
-    in_training = variants[:2] if case.kernel is bn_act_bwd_partial_kernel else variants[:1]
-    return (
-        case.config == configs[0]
-        and case.variant in in_training
-        and case.vec == config.VEC
-        and (not case.streams or case.dtype == "bf16" or (case.dtype == "fp32" and case.arch == 90))
-    )
+SHIPPED = [(case, typical) for case, typical in shipped() if case.valid]
 
 
-CASES = [case for case in shipped() if case.valid]
-
-
-@pytest.mark.parametrize("case", list(filter(is_typical, CASES)), ids=str)
+@pytest.mark.parametrize("case", [case for case, typical in SHIPPED if typical], ids=str)
 def test_typical(case: Case, tmp_path: Path) -> None:
     check(case, compile_case(case, tmp_path))
 
 
 @pytest.mark.codegen
-@pytest.mark.parametrize("case", list(itertools.filterfalse(is_typical, CASES)), ids=str)
+@pytest.mark.parametrize("case", [case for case, typical in SHIPPED if not typical], ids=str)
 def test_everything_shipped(case: Case, tmp_path: Path) -> None:
     check(case, compile_case(case, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("sums", "unread", "read"), [("sums", "x", "residual"), ("residual_sums", "residual", "x")]
+)
+def test_fixed_statistics_need_no_activation(sums: str, unread: str, read: str, tmp_path: Path) -> None:
+    """A gradient behind a frozen batch norm takes no load of what went into it."""
+    tile = config.CONFIGS["bn_act_backward_apply_branch"][0]
+    case = Case(bn_act_bwd_apply_kernel, tile, {"RELU": False, sums: None}, "bf16", 90)
+    ptx = compile_case(case, tmp_path).ptx
+    given = [name for name in case.kernel.arg_names if name not in case.variant]
+    assert f"_param_{given.index(read)}]" in ptx
+    assert f"_param_{given.index(unread)}]" not in ptx
 
 
 @pytest.mark.parametrize(
@@ -209,11 +269,11 @@ def test_a_bad_config_is_caught(tile: BnConfig, vec: int, complaint: str, tmp_pa
 @pytest.mark.parametrize("rows", [1, 49, 12_544, 3_211_264, 2**31 + 5])
 @pytest.mark.parametrize("kernel", config.CONFIGS)
 def test_every_row_has_one_program(kernel: str, rows: int, channels: int) -> None:
-    launch = config.launch(kernel, rows, channels, 2, torch.device("cpu"))
+    launch = config.divide(kernel, rows, channels, 2, torch.device("cpu"))
     share = launch.steps * launch.config.block_m
     assert (launch.programs - 1) * share < rows <= launch.programs * share
     assert launch.grid == (launch.programs * -(-channels // launch.config.block_c),)
-    assert channels % launch.vec == 0
+    assert launch.channel_groups * launch.keywords["VEC"] == channels
     if launch.config.programs_per_sm is None:
         assert launch.steps == 1
 

@@ -18,8 +18,19 @@ struct Shape {
   int64_t numel() const { return n * c * hw; }
 };
 
+// What a max pool of 3x3, stride 2 and padding 1 goes over.
+struct Image {
+  int64_t n, c, h, w;
+  bool planes;
+  Shape shape() const { return {n, c, h * w, planes}; }
+  int64_t oh() const { return (h + 1) / 2; }
+  int64_t ow() const { return (w + 1) / 2; }
+};
+
 enum StatsRow : int { kMean, kVar, kRstd, kScale, kShift };
 enum SumsRow : int { kDbias, kDweight };
+// The index of a window without a value above 0; elsewhere 3 * row + column of its maximum.
+constexpr int kNowhere = 9;
 
 struct Kernels {
   const char* isa;
@@ -28,19 +39,39 @@ struct Kernels {
   void (*bn_stats)(DType, Shape, const void* x, const float* weight, const float* bias, double eps,
                    float* stats, int threads);
 
-  // z = relu(x * scale + shift (+ residual)): x (, residual) -> z
-  void (*bn_act)(DType, Shape, const void* x, const float* stats, const void* residual, bool relu,
-                 void* z, int threads);
+  // z = relu(x * scale + shift (+ residual)): x (, residual) -> z; with residual_stats the residual
+  // is normalised too
+  void (*bn_act)(DType, Shape, const void* x, const float* stats, const void* residual,
+                 const float* residual_stats, bool relu, void* z, int threads);
 
   // sums of du and du * (x - mean) * rstd, where du = grad behind the ReLU. Without z: grad, x ->
-  // 2C floats, the ReLU's mask computed again from x. With z: grad, z, x -> du and 2C floats.
+  // 2C floats, the ReLU's mask computed again from x. With z: grad, z, x -> du and 2C floats. With
+  // a residual (that was normalised) that is read too, for 2C floats of its own.
   void (*bn_act_backward_reduce)(DType, Shape, const void* grad, const void* x, const void* z,
-                                 const float* stats, bool relu, void* du, float* sums, int threads);
+                                 const float* stats, const void* residual,
+                                 const float* residual_stats, bool relu, void* du, float* sums,
+                                 float* residual_sums, int threads);
 
   // dx = scale * (du - dbias / M - (x - mean) * rstd * dweight / M): grad, x -> dx; without sums
-  // (fixed statistics) dx = scale * du
+  // (fixed statistics) dx = scale * du. With a residual likewise dresidual: du, x, residual -> dx,
+  // dresidual. dx may be grad.
   void (*bn_act_backward_apply)(DType, Shape, const void* grad, const void* x, const float* stats,
-                                const float* sums, bool relu, void* dx, int threads);
+                                const float* sums, const void* residual,
+                                const float* residual_stats, const float* residual_sums, bool relu,
+                                void* dx, void* dresidual, int threads);
+
+  // z = max pool of relu(x * scale + shift), and the place of every maximum: x -> z, index
+  void (*bn_relu_maxpool)(DType, Image, const void* x, const float* stats, void* z, uint8_t* index,
+                          int threads);
+
+  // bn_act_backward_reduce and _apply where du is, in every pixel, the sum of the gradients of the
+  // windows that it is the maximum of: grad, index, x -> 2C floats; grad, index, x -> dx
+  void (*bn_relu_maxpool_backward_reduce)(DType, Image, const void* grad, const uint8_t* index,
+                                          const void* x, const float* stats, float* sums,
+                                          int threads);
+  void (*bn_relu_maxpool_backward_apply)(DType, Image, const void* grad, const uint8_t* index,
+                                         const void* x, const float* stats, const float* sums,
+                                         void* dx, int threads);
 };
 
 // The best table for this processor, unless use_isa asked for another.

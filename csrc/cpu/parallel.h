@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "kernels.h"
 #include "vec.h"
@@ -18,16 +19,19 @@ constexpr int64_t kChunkValues = 128 * 1024;
 constexpr int64_t kLeastRows = 64, kMostRows = 512;
 
 struct Chunks {
-  int64_t rows, size, number;
+  int64_t total, size, number;
 
   // Of the rows of a channels_last activation.
-  static Chunks of_rows(const Shape& s) {
-    const int64_t wanted = kChunkValues / s.c / kLeastRows * kLeastRows;
-    const int64_t size = wanted < kLeastRows ? kLeastRows : wanted > kMostRows ? kMostRows : wanted;
-    return {s.count(), size, (s.count() + size - 1) / size};
+  static Chunks of_rows(const Shape& s) { return of_bundles(s.count(), 1, s.c); }
+  // Of `total` bundles of rows.
+  static Chunks of_bundles(int64_t total, int64_t rows, int64_t channels) {
+    const int64_t wanted = kChunkValues / channels / kLeastRows * kLeastRows;
+    const int64_t most = wanted < kLeastRows ? kLeastRows : wanted > kMostRows ? kMostRows : wanted;
+    const int64_t size = most < rows ? 1 : most / rows;
+    return {total, size, (total + size - 1) / size};
   }
   int64_t begin(int64_t chunk) const { return chunk * size; }
-  int64_t end(int64_t chunk) const { return chunk + 1 < number ? (chunk + 1) * size : rows; }
+  int64_t end(int64_t chunk) const { return chunk + 1 < number ? (chunk + 1) * size : total; }
 };
 
 template <class F>
@@ -36,7 +40,7 @@ inline void parallel_for(int64_t n, int threads, const F& f) {
   for (int64_t i = 0; i < n; ++i) f(i);
 }
 
-// Memory without an initial value; throws std::bad_alloc.
+// Memory without an initial value, aligned for any vector; throws std::bad_alloc.
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
@@ -44,7 +48,8 @@ template <class T>
 using Buffer = std::unique_ptr<T[], Free>;
 template <class T>
 inline Buffer<T> buffer(int64_t n) {
-  auto* p = static_cast<T*>(std::malloc(static_cast<size_t>(n) * sizeof(T)));
+  const size_t lines = static_cast<size_t>(n) * sizeof(T) / 64 + 1;
+  auto* p = static_cast<T*>(std::aligned_alloc(64, 64 * lines));
   if (p == nullptr) throw std::bad_alloc();
   return Buffer<T>(p);
 }
@@ -97,6 +102,31 @@ inline void for_each_rows(int64_t channels, int64_t begin, int64_t end, F f) {
   } else {
     for_each_group<1>(begin, end, f);
   }
+}
+
+// Elementwise work on an activation in either layout. f(c, at, each) loads what it needs of its
+// channels (load(v + c, at) of a v [C]) and calls each(g), which calls g(i, lanes) for vectors of
+// their values, at offset i.
+template <class F>
+inline void for_each_value(const Shape& s, int threads, const F& f) {
+  if (s.planes) {
+    parallel_for(s.n * s.c, threads, [=](int64_t plane) {
+      f(plane % s.c, One{}, [=](auto g) {
+        for_each_vector(s.hw, [&](int64_t i, auto lanes) { g(plane * s.hw + i, lanes); });
+      });
+    });
+    return;
+  }
+  const Chunks chunks = Chunks::of_rows(s);
+  parallel_for(chunks.number, threads, [=](int64_t chunk) {
+    for_each_rows(s.c, chunks.begin(chunk), chunks.end(chunk), [=](int64_t row, auto rows) {
+      for_each_vector(s.c, [&](int64_t c, auto lanes) {
+        f(c, lanes, [=](auto g) {
+          for (int r = 0; r < rows.value; ++r) g((row + r) * s.c + c, lanes);
+        });
+      });
+    });
+  });
 }
 
 }  // namespace fusedres::cpu::FUSEDRES_ISA

@@ -6,7 +6,13 @@
 namespace fusedres::cpu::FUSEDRES_ISA {
 
 extern const Kernels table;
-const Kernels table = {FUSEDRES_STRING(FUSEDRES_ISA), bn_stats, bn_act, bn_act_backward_reduce,
-                       bn_act_backward_apply};
+const Kernels table = {FUSEDRES_STRING(FUSEDRES_ISA),
+                       bn_stats,
+                       bn_act,
+                       bn_act_backward_reduce,
+                       bn_act_backward_apply,
+                       bn_relu_maxpool,
+                       bn_relu_maxpool_backward_reduce,
+                       bn_relu_maxpool_backward_apply};
 
 }  // namespace fusedres::cpu::FUSEDRES_ISA

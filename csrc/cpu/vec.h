@@ -3,6 +3,7 @@
 // instruction set, so that the linker can't mix them.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -24,6 +25,8 @@ struct All {};
 struct First {
   int n;
 };
+// One value in all lanes.
+struct One {};
 
 #if defined(__AVX512F__)
 
@@ -43,6 +46,17 @@ inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 // value where not (u <= threshold), else 0: a NaN in u keeps value
 inline Vec keep_above(Vec u, Vec threshold, Vec value) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(u.v, threshold.v, _CMP_NLE_UQ), value.v)};
+}
+// value where a == b, else 0
+inline Vec keep_equal(Vec a, Vec b, Vec value) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), value.v)};
+}
+// Where v > most or v is a NaN, most becomes v and place becomes here.
+inline void take_larger(Vec v, Vec here, Vec& most, Vec& place) {
+  const __m512 bound = _mm512_min_ps(most.v, _mm512_set1_ps(INFINITY));  // for a NaN the second
+  const __mmask16 taken = _mm512_cmp_ps_mask(v.v, bound, _CMP_NLE_UQ);
+  most.v = _mm512_mask_mov_ps(most.v, taken, v.v);
+  place.v = _mm512_mask_mov_ps(place.v, taken, here.v);
 }
 
 inline __mmask16 mask_of(First lanes) { return static_cast<__mmask16>((1u << lanes.n) - 1); }
@@ -74,6 +88,21 @@ inline Vec load(const float* p, All = {}) { return {_mm512_loadu_ps(p)}; }
 inline Vec load(const float* p, First lanes) { return {_mm512_maskz_loadu_ps(mask_of(lanes), p)}; }
 inline void store(float* p, Vec a, All = {}) { _mm512_storeu_ps(p, a.v); }
 inline void store(float* p, Vec a, First lanes) { _mm512_mask_storeu_ps(p, mask_of(lanes), a.v); }
+
+inline Vec load(const uint8_t* p, All = {}) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))};
+}
+inline Vec load(const uint8_t* p, First lanes) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(mask_of(lanes), p);
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))};
+}
+inline void store(uint8_t* p, Vec a, All = {}) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(a.v)));
+}
+inline void store(uint8_t* p, Vec a, First lanes) {
+  _mm512_mask_cvtepi32_storeu_epi8(p, mask_of(lanes), _mm512_cvttps_epi32(a.v));
+}
 
 template <class T>
 inline Vec load(const T* p, All = {}) {
@@ -110,6 +139,15 @@ inline Vec relu(Vec a) { return {_mm256_max_ps(_mm256_setzero_ps(), a.v)}; }  //
 inline Vec keep_above(Vec u, Vec threshold, Vec value) {
   return {_mm256_and_ps(_mm256_cmp_ps(u.v, threshold.v, _CMP_NLE_UQ), value.v)};
 }
+inline Vec keep_equal(Vec a, Vec b, Vec value) {
+  return {_mm256_and_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ), value.v)};
+}
+inline void take_larger(Vec v, Vec here, Vec& most, Vec& place) {
+  const __m256 bound = _mm256_min_ps(most.v, _mm256_set1_ps(INFINITY));
+  const __m256 taken = _mm256_cmp_ps(v.v, bound, _CMP_NLE_UQ);
+  most.v = _mm256_blendv_ps(most.v, v.v, taken);
+  place.v = _mm256_blendv_ps(place.v, here.v, taken);
+}
 
 inline Vec load(const float* p, All = {}) { return {_mm256_loadu_ps(p)}; }
 inline Vec load(const BFloat16* p, All = {}) {
@@ -119,7 +157,17 @@ inline Vec load(const BFloat16* p, All = {}) {
 inline Vec load(const Half* p, All = {}) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+inline Vec load(const uint8_t* p, All = {}) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))};
+}
 inline void store(float* p, Vec a, All = {}) { _mm256_storeu_ps(p, a.v); }
+inline void store(uint8_t* p, Vec a, All = {}) {
+  const __m256i wide = _mm256_cvttps_epi32(a.v);
+  const __m128i words =
+      _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
 inline void store(BFloat16* p, Vec a, All = {}) {
   const __m256i bits = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -168,8 +216,17 @@ inline Vec relu(Vec a) {
 inline Vec keep_above(Vec u, Vec threshold, Vec value) {
   return lanewise([&](int i) { return u.v[i] <= threshold.v[i] ? 0.0f : value.v[i]; });
 }
+inline Vec keep_equal(Vec a, Vec b, Vec value) {
+  return lanewise([&](int i) { return a.v[i] == b.v[i] ? value.v[i] : 0.0f; });
+}
+inline void take_larger(Vec v, Vec here, Vec& most, Vec& place) {
+  const Vec bound = lanewise([&](int i) { return most.v[i] <= INFINITY ? most.v[i] : INFINITY; });
+  place = lanewise([&](int i) { return v.v[i] <= bound.v[i] ? place.v[i] : here.v[i]; });
+  most = lanewise([&](int i) { return v.v[i] <= bound.v[i] ? most.v[i] : v.v[i]; });
+}
 
 inline float widen(float v) { return v; }
+inline float widen(uint8_t v) { return v; }
 inline float widen(BFloat16 v) {
   const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
   float f;
@@ -182,6 +239,7 @@ inline float widen(Half v) {
   return static_cast<float>(h);
 }
 inline void narrow(float v, float* p) { *p = v; }
+inline void narrow(float v, uint8_t* p) { *p = static_cast<uint8_t>(v); }
 inline void narrow(float v, BFloat16* p) {
   uint32_t bits;
   std::memcpy(&bits, &v, sizeof bits);
@@ -232,6 +290,38 @@ inline float sum(Vec a) {
 }
 
 #endif
+
+inline Vec load(const float* p, One) { return set(*p); }
+
+// Values that alternate in memory: even[k] = p[2k], odd[k] = p[2k + 1], the first n of them.
+struct Pair {
+  Vec even, odd;
+};
+template <class T>
+inline Pair load_pairs(const T* p, int n) {
+  const int rest = n > Vec::width ? n - Vec::width : 0;
+  float both[2 * Vec::width], even[Vec::width], odd[Vec::width];
+  store(both, load(p, First{n - rest}));
+  store(both + Vec::width, load(p + (n - rest), First{rest}));
+  for (int k = 0; k < Vec::width; ++k) {
+    even[k] = both[2 * k];
+    odd[k] = both[2 * k + 1];
+  }
+  return {load(even), load(odd)};
+}
+template <class T>
+inline void store_pairs(T* p, Pair pair, int n) {
+  const int rest = n > Vec::width ? n - Vec::width : 0;
+  float both[2 * Vec::width], even[Vec::width], odd[Vec::width];
+  store(even, pair.even);
+  store(odd, pair.odd);
+  for (int k = 0; k < Vec::width; ++k) {
+    both[2 * k] = even[k];
+    both[2 * k + 1] = odd[k];
+  }
+  store(p, load(both), First{n - rest});
+  store(p + (n - rest), load(both + Vec::width), First{rest});
+}
 
 // Calls f(offset, lanes) for each vector of an axis of n values.
 template <class F>

@@ -56,7 +56,7 @@ def collect() -> dict[str, Any]:
         "compiled_module": machine.compiled_module(),
         "backend": ops.forced_backend(),
         "environment": machine.environment(),
-        "ops": [_served(op, device) for device in devices for op in plan.BN_OPS],
+        "ops": [_served(op, device) for device in devices for op in plan.ALL_OPS],
     }
 
 
@@ -106,5 +106,5 @@ def _table(entries: list[dict[str, Any]]) -> list[str]:
         for dtype, choice in entry["dtypes"].items():
             groups.setdefault((choice["implementation"], choice["reason"]), []).append(dtype)
         for (implementation, reason), dtypes in groups.items():
-            lines.append(f"  {entry['op']:<24}{implementation:<11}{' '.join(dtypes):<16}{reason}")
+            lines.append(f"  {entry['op']:<34}{implementation:<11}{' '.join(dtypes):<16}{reason}")
     return lines

@@ -1,7 +1,7 @@
 """The implementations of the ops, loaded on first use.
 
 Each is a module with one function per op it has, named as the op: ``reference`` (plain PyTorch),
-``native`` (the compiled module: "cpu" and "cuda") and ``triton``.
+``cpu`` and ``cuda`` (the compiled module) and ``triton``.
 """
 
 from __future__ import annotations
@@ -11,18 +11,11 @@ import importlib
 import importlib.util
 from types import ModuleType
 
-_MODULES = {
-    "reference": "fusedres.kernels.reference",
-    "cpu": "fusedres.kernels.native",
-    "cuda": "fusedres.kernels.native",
-    "triton": "fusedres.kernels.triton",
-}
-
 
 @functools.cache
 def load(name: str) -> ModuleType:
     """The module of implementation ``name``."""
-    return importlib.import_module(_MODULES[name])
+    return importlib.import_module(f"fusedres.kernels.{name}")
 
 
 @functools.cache

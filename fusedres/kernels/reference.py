@@ -10,9 +10,10 @@ output may be the same tensor as ``grad``.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres.kernels.rows import DBIAS, DWEIGHT, MEAN, RSTD, SCALE, SHIFT, VAR
+from fusedres.kernels.rows import DBIAS, DWEIGHT, MEAN, NOWHERE, RSTD, SCALE, SHIFT, VAR
 
 
 def _per_channel(v: Tensor) -> Tensor:
@@ -57,10 +58,17 @@ def _affine(x: Tensor, stats: Tensor) -> Tensor:
     return x.to(stats.dtype) * _per_channel(stats[SCALE]) + _per_channel(stats[SHIFT])
 
 
-def bn_act(x: Tensor, stats: Tensor, residual: Tensor | None, relu: bool, out: Tensor) -> None:
+def bn_act(
+    x: Tensor,
+    stats: Tensor,
+    residual: Tensor | None,
+    residual_stats: Tensor | None,
+    relu: bool,
+    out: Tensor,
+) -> None:
     u = _affine(x, stats)
     if residual is not None:
-        u = u + residual
+        u = u + (residual if residual_stats is None else _affine(residual, residual_stats))
     out.copy_(torch.relu(u) if relu else u)
 
 
@@ -72,25 +80,106 @@ def _du(grad: Tensor, x: Tensor, z: Tensor | None, stats: Tensor, relu: bool) ->
     return torch.where(stored <= 0, torch.zeros_like(grad), grad)
 
 
+def _reduce(du: Tensor, x: Tensor, stats: Tensor, sums: Tensor) -> None:
+    centred = x.to(stats.dtype) - _per_channel(stats[MEAN])
+    sums[DBIAS] = du.sum((0, 2, 3))
+    sums[DWEIGHT] = (du * centred).sum((0, 2, 3)) * stats[RSTD]
+
+
+def _apply(du: Tensor, x: Tensor, stats: Tensor, sums: Tensor | None) -> Tensor:
+    dx = _per_channel(stats[SCALE]) * du
+    if sums is None:
+        return dx
+    per_value = stats[SCALE] * (-x.shape[1] / x.numel())
+    centred = x.to(stats.dtype) - _per_channel(stats[MEAN])
+    dx = dx + _per_channel(per_value * stats[RSTD] * sums[DWEIGHT]) * centred
+    return dx + _per_channel(per_value * sums[DBIAS])
+
+
 def bn_act_backward_reduce(
-    grad: Tensor, x: Tensor, z: Tensor | None, stats: Tensor, relu: bool, du: Tensor | None, sums: Tensor
+    grad: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    stats: Tensor,
+    residual: Tensor | None,
+    residual_stats: Tensor | None,
+    relu: bool,
+    du: Tensor | None,
+    sums: Tensor,
+    residual_sums: Tensor | None,
 ) -> None:
     masked = _du(grad, x, z, stats, relu)
     wide = masked.to(stats.dtype)
-    centred = x.to(stats.dtype) - _per_channel(stats[MEAN])
-    sums[DBIAS] = wide.sum((0, 2, 3))
-    sums[DWEIGHT] = (wide * centred).sum((0, 2, 3)) * stats[RSTD]
+    _reduce(wide, x, stats, sums)
+    if residual is not None and residual_stats is not None and residual_sums is not None:
+        _reduce(wide, residual, residual_stats, residual_sums)
     if du is not None:
         du.copy_(masked)
 
 
 def bn_act_backward_apply(
-    grad: Tensor, x: Tensor, stats: Tensor, sums: Tensor | None, relu: bool, out: Tensor
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    sums: Tensor | None,
+    residual: Tensor | None,
+    residual_stats: Tensor | None,
+    residual_sums: Tensor | None,
+    relu: bool,
+    dx: Tensor,
+    dresidual: Tensor | None,
 ) -> None:
-    dx = _per_channel(stats[SCALE]) * _du(grad, x, None, stats, relu).to(stats.dtype)
-    if sums is not None:
-        per_value = stats[SCALE] * (-x.shape[1] / x.numel())
-        centred = x.to(stats.dtype) - _per_channel(stats[MEAN])
-        dx = dx + _per_channel(per_value * stats[RSTD] * sums[DWEIGHT]) * centred
-        dx = dx + _per_channel(per_value * sums[DBIAS])
-    out.copy_(dx)
+    du = _du(grad, x, None, stats, relu).to(stats.dtype)
+    if residual is not None and residual_stats is not None and dresidual is not None:
+        dresidual.copy_(_apply(du, residual, residual_stats, residual_sums))
+    dx.copy_(_apply(du, x, stats, sums))
+
+
+def bn_relu_maxpool(x: Tensor, stats: Tensor, z: Tensor, index: Tensor) -> None:
+    u = torch.relu(_affine(x, stats)).to(x.dtype)
+    largest, flat = F.max_pool2d(u, 3, 2, 1, return_indices=True)
+    width = x.shape[3]
+    rows, columns = (torch.arange(n, device=x.device) for n in z.shape[2:])
+    down = flat // width - (2 * rows[:, None] - 1)
+    right = flat % width - (2 * columns - 1)
+    z.copy_(largest)
+    index.copy_(torch.where(largest <= 0, NOWHERE, 3 * down + right))
+
+
+def _unpool(grad: Tensor, index: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """du: to every pixel, the gradients of the windows that it is the maximum of."""
+    height, width = x.shape[2:]
+    place = index.long()
+    rows, columns = (torch.arange(n, device=x.device) for n in grad.shape[2:])
+    flat = (2 * rows[:, None] - 1 + place // 3) * width + 2 * columns - 1 + place % 3
+    somewhere = place != NOWHERE
+    values = torch.where(somewhere, grad.to(dtype), 0)
+    du = torch.zeros((*x.shape[:2], height * width), dtype=dtype, device=x.device)
+    du.scatter_add_(2, torch.where(somewhere, flat, 0).flatten(2), values.flatten(2))
+    return du.view(x.shape)
+
+
+def bn_relu_maxpool_backward_reduce(
+    grad: Tensor, index: Tensor, x: Tensor, stats: Tensor, sums: Tensor
+) -> None:
+    _reduce(_unpool(grad, index, x, stats.dtype), x, stats, sums)
+
+
+def bn_relu_maxpool_backward_apply(
+    grad: Tensor, index: Tensor, x: Tensor, stats: Tensor, sums: Tensor | None, dx: Tensor
+) -> None:
+    dx.copy_(_apply(_unpool(grad, index, x, stats.dtype), x, stats, sums))
+
+
+def global_avg_pool(x: Tensor, out: Tensor) -> None:
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    out.copy_(x.to(wide).mean((2, 3), keepdim=True))
+
+
+def global_avg_pool_backward(grad: Tensor, dx: Tensor) -> None:
+    dx.copy_(grad / (dx.shape[2] * dx.shape[3]))
+
+
+def cast_weights(weights: list[Tensor], out: list[Tensor]) -> None:
+    for weight, cast in zip(weights, out, strict=True):
+        cast.copy_(weight)

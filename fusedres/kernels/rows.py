@@ -1,4 +1,4 @@
-"""The rows of the two small tensors that travel between the batch-norm ops."""
+"""What the tensors that travel between the ops hold, beside activations."""
 
 # stats [5, C]: mean, biased variance, 1 / sqrt(variance + eps), weight * rstd, bias - mean * scale
 MEAN, VAR, RSTD, SCALE, SHIFT = range(5)
@@ -6,3 +6,5 @@ STATS_ROWS = 5
 # sums [2, C]: sum(du), sum(du * (x - mean)) * rstd
 DBIAS, DWEIGHT = range(2)
 SUMS_ROWS = 2
+# index of bn_relu_maxpool: 3 * row + column in the window, or this where the ReLU let nothing through
+NOWHERE = 9

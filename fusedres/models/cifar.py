@@ -6,7 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.models.resnet import Network, Shortcut, check_num_classes, make_stage
-from fusedres.nn import BasicBlock, PlainBlock, Zeros, batch_norm_act, conv3x3, one_of
+from fusedres.nn import (
+    BasicBlock,
+    PlainBlock,
+    Zeros,
+    batch_norm_act,
+    cast_weights,
+    conv3x3,
+    convolve,
+    global_avg_pool,
+    one_of,
+)
 
 
 class CifarResNet(Network):
@@ -56,6 +66,7 @@ class CifarResNet(Network):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = batch_norm_act(self.bn1, self.relu, self.conv1(x))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[no-any-return]
+        with cast_weights(self, x):
+            x = batch_norm_act(self.bn1, self.relu, convolve(self.conv1, x))
+            x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(torch.flatten(global_avg_pool(self.avgpool, x), 1))  # type: ignore[no-any-return]

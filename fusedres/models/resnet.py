@@ -19,8 +19,11 @@ from fusedres.nn import (
     TraceForScript,
     Variant,
     Zeros,
-    batch_norm_act,
+    batch_norm_act_maxpool,
+    cast_weights,
     conv1x1,
+    convolve,
+    global_avg_pool,
     one_of,
 )
 
@@ -230,10 +233,11 @@ class ResNet(Network):
                     nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(batch_norm_act(self.bn1, self.relu, self.conv1(x)))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[no-any-return]
+        with cast_weights(self, x):
+            x = batch_norm_act_maxpool(self.bn1, self.relu, self.maxpool, convolve(self.conv1, x))
+            for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+                x = stage(x)
+        return self.fc(torch.flatten(global_avg_pool(self.avgpool, x), 1))  # type: ignore[no-any-return]
 
 
 class ResNet18(ResNet):

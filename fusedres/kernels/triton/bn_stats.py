@@ -59,13 +59,14 @@ def load_pivot(x, b_c, channels):
 # partial[p] = mean and sum of (y - mean)^2 over the rows of program p, y = x - pivot
 # Reads x once, writes 2C floats a program. Every element of the tile is a sample of its own that takes
 # in one row a step, so the loop needs no exchange between threads; the samples are merged behind it.
-@triton.jit(do_not_specialize=["rows", "channel_groups", "steps"])
+@triton.jit(do_not_specialize=["rows", "channel_groups", "steps", "programs"])
 def bn_stats_partial_kernel(
     x,
     partial,
     rows,
     channel_groups,
     steps,
+    programs,
     VEC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -86,9 +87,9 @@ def bn_stats_partial_kernel(
     b_left = rows - first - tl.arange(0, BLOCK_M)
     b_n = tl.minimum(tl.maximum(tl.cdiv(b_left, BLOCK_M), 0), steps).to(tl.float32)
     b_common, b_total_m2 = merge_rows(b_n[:, None], b_mean, b_m2)
-    p_partial = partial + program * 2 * channels + b_c
+    p_partial = partial + program * channels + b_c
     tl.store(p_partial, b_common, mask=b_c < channels)
-    tl.store(p_partial + channels, b_total_m2, mask=b_c < channels)
+    tl.store(p_partial + programs * channels, b_total_m2, mask=b_c < channels)
 
 
 # stats from all partials, merged in a fixed order
@@ -113,13 +114,12 @@ def bn_stats_finalize_kernel(
     b_mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     b_m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for first in range(0, programs.to(tl.int64), BLOCK_M):
-        base, offsets, mask = tile(first, programs, b_c, 2 * channels, BLOCK_M)
-        mask = mask & (b_c < channels)[None, :]
+        base, offsets, mask = tile(first, programs, b_c, channels, BLOCK_M)
         p_partial = partial + base + offsets
         b_left = rows - (first + tl.arange(0, BLOCK_M)).to(tl.int64) * rows_per_program
         b_new = tl.minimum(tl.maximum(b_left, 0), rows_per_program).to(tl.float32)[:, None]
         b_mean_new = tl.load(p_partial, mask=mask, other=0.0)
-        b_m2_new = tl.load(p_partial + channels, mask=mask, other=0.0)
+        b_m2_new = tl.load(p_partial + programs * channels, mask=mask, other=0.0)
         b_n, b_mean, b_m2 = merge(b_n, b_mean, b_m2, b_new, b_mean_new, b_m2_new)
     b_common, b_total_m2 = merge_rows(b_n, b_mean, b_m2)
     b_common += load_pivot(x, b_c, channels)
@@ -163,36 +163,17 @@ def bn_update_running_kernel(
 
 def bn_stats(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, out: Tensor) -> None:
     channels = x.shape[1]
-    rows = x.numel() // channels
-    config, vec, steps, programs, grid = launch("bn_stats", rows, channels, x.element_size(), x.device)
-    partial = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
+    run = launch("bn_stats", x)
+    rows_per_program = run.steps * run.config.block_m
+    partial = torch.empty((2, run.programs, channels), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        bn_stats_partial_kernel[grid](
-            x,
-            partial,
-            rows,
-            channels // vec,
-            steps,
-            VEC=vec,
-            BLOCK_M=config.block_m,
-            BLOCK_C=config.block_c,
-            num_warps=config.num_warps,
-            maxnreg=config.max_registers(vec),
+        bn_stats_partial_kernel[run.grid](
+            x, partial, run.rows, run.channel_groups, run.steps, run.programs, **run.keywords
         )
-        bn_stats_finalize_kernel[(triton.cdiv(channels, FINALIZE.block_c),)](
-            x,
-            partial,
-            weight,
-            bias,
-            out,
-            rows,
-            steps * config.block_m,
-            programs,
-            channels,
-            eps,
-            BLOCK_M=FINALIZE.block_m,
-            BLOCK_C=FINALIZE.block_c,
-            num_warps=FINALIZE.num_warps,
+        bn_stats_finalize_kernel[(FINALIZE.column_blocks(channels),)](
+            *(x, partial, weight, bias, out),
+            *(run.rows, rows_per_program, run.programs, channels, eps),
+            **FINALIZE.keywords,
         )
 
 
@@ -206,14 +187,8 @@ def bn_running_stats(
 ) -> None:
     channels = running_mean.shape[0]
     with torch.cuda.device_of(running_mean):
-        bn_running_stats_kernel[(triton.cdiv(channels, PER_CHANNEL.block_c),)](
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            out,
-            channels,
-            eps,
+        bn_running_stats_kernel[(PER_CHANNEL.column_blocks(channels),)](
+            *(running_mean, running_var, weight, bias, out, channels, eps),
             BLOCK_C=PER_CHANNEL.block_c,
             num_warps=PER_CHANNEL.num_warps,
         )
@@ -222,15 +197,10 @@ def bn_running_stats(
 def bn_update_running_(
     running_mean: Tensor, running_var: Tensor, stats: Tensor, count: int, momentum: float
 ) -> None:
-    channels = running_mean.shape[0]
+    channels, unbias = running_mean.shape[0], count / (count - 1)
     with torch.cuda.device_of(running_mean):
-        bn_update_running_kernel[(triton.cdiv(channels, PER_CHANNEL.block_c),)](
-            running_mean,
-            running_var,
-            stats,
-            channels,
-            count / (count - 1),
-            momentum,
+        bn_update_running_kernel[(PER_CHANNEL.column_blocks(channels),)](
+            *(running_mean, running_var, stats, channels, unbias, momentum),
             BLOCK_C=PER_CHANNEL.block_c,
             num_warps=PER_CHANNEL.num_warps,
         )

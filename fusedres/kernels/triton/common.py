@@ -50,6 +50,40 @@ def affine(b_x, b_scale, b_shift):
 
 
 @triton.jit
+def normalise(b_x, stats, b_c, channels):
+    """The same, with scale and shift out of ``stats``."""
+    return affine(b_x, load_row(stats, SCALE, b_c, channels), load_row(stats, SHIFT, b_c, channels))
+
+
+@triton.jit
 def relu_mask(b_z, b_g):
     """g, but 0 where z <= 0: a NaN lets it through."""
     return tl.where(b_z <= 0, 0.0, b_g).to(b_g.dtype)
+
+
+@triton.jit
+def add_product(b_sum, b_du, b_x, b_mean, mask):
+    """sum + du * (x - mean) where a row exists: past the end du is 0, but the mean may not be finite."""
+    return tl.where(mask, tl.fma(b_du, b_x - b_mean[None, :], b_sum), b_sum)
+
+
+@triton.jit
+def store_sums(sums, stats, b_dbias, b_product, b_c, channels):
+    """sums = [dbias, dweight] out of sum(du) and sum(du * (x - mean))."""
+    mask = b_c < channels
+    tl.store(sums + DBIAS * channels + b_c, b_dbias, mask=mask)
+    tl.store(sums + DWEIGHT * channels + b_c, b_product * load_row(stats, RSTD, b_c, channels), mask=mask)
+
+
+@triton.jit
+def input_gradient(b_du, b_x, stats, sums, rows, b_c, channels):
+    """scale * du, and with sums - scale * (dbias + (x - mean) * rstd * dweight) / M."""
+    b_scale = load_row(stats, SCALE, b_c, channels)
+    b_dx = b_scale[None, :] * b_du
+    if sums is not None:
+        b_per_value = -b_scale / rows
+        b_slope = b_per_value * load_row(stats, RSTD, b_c, channels) * load_row(sums, DWEIGHT, b_c, channels)
+        b_offset = b_per_value * load_row(sums, DBIAS, b_c, channels)
+        b_centred = b_x - load_row(stats, MEAN, b_c, channels)[None, :]
+        b_dx += tl.fma(b_slope[None, :], b_centred, b_offset[None, :])
+    return b_dx

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 # the widest global access: a thread should move this much at a time
 ACCESS_BYTES = 16
@@ -47,6 +48,14 @@ class BnConfig:
     def threads(self) -> int:
         return self.num_warps * THREADS_PER_WARP
 
+    @property
+    def keywords(self) -> dict[str, int]:
+        """What a kernel is launched with."""
+        return {"BLOCK_M": self.block_m, "BLOCK_C": self.block_c, "num_warps": self.num_warps}
+
+    def column_blocks(self, channels: int) -> int:
+        return math.ceil(channels / self.block_c)
+
     def max_registers(self, vec: int) -> int | None:
         """Registers of a thread (allotted in eights) with which all programs of a multiprocessor fit.
 
@@ -67,29 +76,39 @@ class BnProblem(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A config applied to a problem: ``programs`` share the rows of each block of channels."""
+    """A config applied to an activation [rows, channels], whose rows ``programs`` share."""
 
     config: BnConfig
-    vec: int  # channels is a multiple of it, which the kernel is told
+    rows: int
+    channel_groups: int  # of VEC channels
     steps: int  # tiles of a program
-    programs: int
+    programs: int  # for each block of channels
     grid: tuple[int]
+    keywords: dict[str, int | None]
 
 
 # 128-byte rows of bf16 keep every sector of a line in one program; taller tiles for fewer channels
 _TILES = ((64, 64), (128, 32), (256, 16), (512, 8))
+_HALF_TILES = tuple((m // 2, c) for m, c in _TILES)
 _STREAMING = tuple(BnConfig(m, c, num_warps=4) for m, c in _TILES)
+# half the tile: a thread holds twice the tensors and the per-channel vectors
+_STREAMING_BRANCH = tuple(BnConfig(m, c, num_warps=4) for m, c in _HALF_TILES)
 # half the tile: a program also holds two float32 accumulators for every element of it
-_STATISTICS = tuple(BnConfig(m // 2, c, num_warps=4, programs_per_sm=6) for m, c in _TILES)
+_STATISTICS = tuple(BnConfig(m, c, num_warps=4, programs_per_sm=6) for m, c in _HALF_TILES)
 # likewise, and it reads two or three tensors, so fewer programs keep memory busy
-_REDUCTION = tuple(BnConfig(m // 2, c, num_warps=4, programs_per_sm=4) for m, c in _TILES)
+_REDUCTION = tuple(BnConfig(m, c, num_warps=4, programs_per_sm=4) for m, c in _HALF_TILES)
+# a third accumulator and a fourth tensor
+_REDUCTION_BRANCH = tuple(BnConfig(m, c, num_warps=4, programs_per_sm=3) for m, c in _HALF_TILES)
 
-# in the order of preference, by kernel
+# in the order of preference, by kernel; _branch: with a residual that has statistics of its own
 CONFIGS: dict[str, tuple[BnConfig, ...]] = {
     "bn_stats": _STATISTICS,
     "bn_act": _STREAMING,
+    "bn_act_branch": _STREAMING_BRANCH,
     "bn_act_backward_reduce": _REDUCTION,
+    "bn_act_backward_reduce_branch": _REDUCTION_BRANCH,
     "bn_act_backward_apply": _STREAMING,
+    "bn_act_backward_apply_branch": _STREAMING_BRANCH,
 }
 # second pass over the partial sums of all programs: 8 channels are a 32-byte sector of float32
 FINALIZE = BnConfig(block_m=128, block_c=8, num_warps=4)
@@ -101,7 +120,7 @@ def is_valid(config: BnConfig, problem: BnProblem, arch: tuple[int, int]) -> boo
     """Whether ``config`` can run ``problem`` on a GPU of compute capability ``arch``, and makes sense."""
     resident = config.threads * (config.programs_per_sm or 1)
     per_access = ACCESS_BYTES // problem.itemsize
-    padded = math.ceil(problem.channels / config.block_c) * config.block_c
+    padded = config.column_blocks(problem.channels) * config.block_c
     return (
         arch >= MIN_ARCH
         and resident <= THREADS_PER_SM.get(arch, OTHER_THREADS_PER_SM)
@@ -135,15 +154,25 @@ def select(kernel: str, problem: BnProblem, arch: tuple[int, int]) -> BnConfig:
 
 
 @functools.lru_cache(maxsize=4096)
-def launch(kernel: str, rows: int, channels: int, itemsize: int, device: torch.device) -> Launch:
+def divide(kernel: str, rows: int, channels: int, itemsize: int, device: torch.device) -> Launch:
     """How ``kernel`` runs on an activation of [rows, channels] on ``device``."""
     arch, multiprocessors = _facts(device)
     config = select(kernel, BnProblem(rows, channels, itemsize), arch)
-    column_blocks = math.ceil(channels / config.block_c)
+    column_blocks = config.column_blocks(channels)
     tiles = math.ceil(rows / config.block_m)
     if config.programs_per_sm is None:
         steps = 1
     else:
         steps = math.ceil(tiles / max(1, multiprocessors * config.programs_per_sm // column_blocks))
     programs = math.ceil(tiles / steps)
-    return Launch(config, math.gcd(channels, VEC), steps, programs, (programs * column_blocks,))
+    vec = math.gcd(channels, VEC)
+    keywords = {"VEC": vec, "maxnreg": config.max_registers(vec), **config.keywords}
+    grid = (programs * column_blocks,)
+    return Launch(config, rows, channels // vec, steps, programs, grid, keywords)
+
+
+def launch(kernel: str, x: Tensor, residual_stats: Tensor | None = None) -> Launch:
+    """How ``kernel`` runs on activations like ``x``."""
+    channels = x.shape[1]
+    name = kernel if residual_stats is None else f"{kernel}_branch"
+    return divide(name, x.numel() // channels, channels, x.element_size(), x.device)

@@ -1,0 +1,251 @@
+// relu(x * scale + shift) and the maximum over 3x3 windows, stride 2, padding 1, of an image in
+// channels_last; and its backward, fused with the batch norm's. What is kept for the backward is
+// the place of each maximum in its window, a byte.
+//
+// A thread keeps a column of channels and walks down a strip of rows, so that what two windows
+// share is loaded once.
+#pragma once
+
+#include "bn_act_backward.cuh"
+
+namespace fusedres::cuda {
+
+constexpr int kStrip = 8;        // rows of the output
+constexpr uint8_t kNowhere = 9;  // the maximum is <= 0: no gradient flows
+constexpr int kPoolBlocks = 2;
+
+// Pixels of an image and places of a batch are counted in 32 bits, offsets in 64.
+struct PoolShape {
+  int n, height, width;
+  int64_t channels;
+  __host__ __device__ int out_height() const { return (height - 1) / 2 + 1; }
+  __host__ __device__ int out_width() const { return (width - 1) / 2 + 1; }
+  __host__ __device__ int strips() const { return (out_height() + kStrip - 1) / kStrip; }
+  // Strips of one output column each: the rows of the matrix that a grid lies on.
+  __host__ __device__ int places() const { return n * strips() * out_width(); }
+};
+
+// One strip: of image n, output rows [top, bottom), output column `column`.
+struct Strip {
+  int n, top, bottom, column;
+  __device__ __forceinline__ Strip(const PoolShape& s, int place) {
+    column = place % s.out_width();
+    place /= s.out_width();
+    top = place % s.strips() * kStrip;
+    n = place / s.strips();
+    bottom = top + kStrip < s.out_height() ? top + kStrip : s.out_height();
+  }
+};
+
+// Where the image n begins that has so many pixels, and a pixel in it.
+__device__ __forceinline__ int64_t image(int n, int pixels, const PoolShape& s) {
+  return static_cast<int64_t>(n) * pixels * s.channels;
+}
+__device__ __forceinline__ int64_t pixel(int row, int column, int width, const PoolShape& s) {
+  return static_cast<int64_t>(row * width + column) * s.channels;
+}
+
+// The maximum of a window so far, by torch's rule: a NaN or something larger takes its place.
+template <int W>
+struct Maximum {
+  float value[W];
+  int place[W];
+  __device__ __forceinline__ Maximum() {
+#pragma unroll
+    for (int i = 0; i < W; ++i) value[i] = -INFINITY, place[i] = 0;
+  }
+  __device__ __forceinline__ void take(int i, float other, int at) {
+    if (other > value[i] || other != other) {
+      value[i] = other;
+      place[i] = at;
+    }
+  }
+};
+
+// Takes in the three pixels of a window that lie in one row of the image, as bn_act would store
+// them; the first of them is `first` of the window.
+template <class T, int W>
+__device__ __forceinline__ void take_row(Maximum<W>& best, int first, const T* x,
+                                         const PoolShape& s, int row, int column,
+                                         const Pack<float, W>& scale, const Pack<float, W>& shift) {
+  if (row < 0 || row >= s.height) return;
+  Pack<T, W> pixels[3];
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    const int at = 2 * column - 1 + k;
+    if (at >= 0 && at < s.width) pixels[k] = load<W>(x + pixel(row, at, s.width, s));
+  }
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    const int at = 2 * column - 1 + k;
+    if (at < 0 || at >= s.width) continue;
+    const auto u = stored<T>(widen(pixels[k]), scale, shift);
+#pragma unroll
+    for (int i = 0; i < W; ++i) best.take(i, u.v[i], first + k);
+  }
+}
+
+// x -> z, index
+template <class T, int W>
+__global__ void __launch_bounds__(kThreads, kPoolBlocks)
+    bn_relu_maxpool_kernel(const T* __restrict__ x, const float* __restrict__ stats,
+                           T* __restrict__ z, uint8_t* __restrict__ index, PoolShape s) {
+  const Place p = place<W>();
+  if (p.channel >= s.channels) return;
+  const auto scale = load_row<W>(stats, kScale, s.channels, p.channel);
+  const auto shift = load_row<W>(stats, kShift, s.channels, p.channel);
+#pragma unroll 1
+  for (int64_t at = p.row; at < s.places(); at += p.step) {
+    const Strip strip(s, static_cast<int>(at));
+    const T* from = x + image(strip.n, s.height * s.width, s) + p.channel;
+    const int64_t to = image(strip.n, s.out_height() * s.out_width(), s) + p.channel;
+    // of the row of pixels that a window shares with the one below it
+    Maximum<W> shared;
+    take_row<T, W>(shared, 0, from, s, 2 * strip.top - 1, strip.column, scale, shift);
+#pragma unroll 1
+    for (int y = strip.top; y < strip.bottom; ++y) {
+      Maximum<W> best = shared;
+      take_row<T, W>(best, 3, from, s, 2 * y, strip.column, scale, shift);
+      shared = Maximum<W>();
+      take_row<T, W>(shared, 0, from, s, 2 * y + 1, strip.column, scale, shift);
+      Pack<float, W> value;
+      Pack<uint8_t, W> place;
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        best.take(i, shared.value[i], 6 + shared.place[i]);
+        const bool nothing = best.value[i] <= 0.0f;
+        value.v[i] = nothing ? 0.0f : best.value[i];
+        place.v[i] = static_cast<uint8_t>(nothing ? kNowhere : best.place[i]);
+      }
+      const int64_t out = to + pixel(y, strip.column, s.out_width(), s);
+      store(z + out, narrow<T>(value));
+      store(index + out, place);
+    }
+  }
+}
+
+// A window's gradient and the place that it goes to.
+template <class T, int W>
+struct Window {
+  Pack<T, W> grad;
+  Pack<uint8_t, W> index;
+
+  __device__ __forceinline__ Window(const T* grads, const uint8_t* indices, const PoolShape& s,
+                                    int row, int column) {
+    if (row < s.out_height() && column < s.out_width()) {
+      const int64_t at = pixel(row, column, s.out_width(), s);
+      grad = load<W>(grads + at);
+      index = load<W>(indices + at);
+    } else {
+      grad = narrow<T>(Pack<float, W>{});
+#pragma unroll
+      for (int i = 0; i < W; ++i) index.v[i] = kNowhere;
+    }
+  }
+  // Adds to du what the pixel at `place` of the window gets.
+  __device__ __forceinline__ void add(int place, Pack<float, W>& du) const {
+    const auto wide = widen(grad);
+#pragma unroll
+    for (int i = 0; i < W; ++i) du.v[i] += index.v[i] == place ? wide.v[i] : 0.0f;
+  }
+};
+
+// Walks over the pixels of a strip's output columns, two by two, and calls f(offset, du) for each.
+// Pixel (2i, 2j) lies in window (i, j) alone; one row further down it also lies in window row
+// i + 1, one column further right in window column j + 1.
+template <class T, int W, class F>
+__device__ __forceinline__ void for_each_pixel(const T* grad, const uint8_t* index,
+                                               const PoolShape& s, const Strip& strip,
+                                               int64_t channel, F f) {
+  const int left = strip.column;
+  grad += image(strip.n, s.out_height() * s.out_width(), s) + channel;
+  index += image(strip.n, s.out_height() * s.out_width(), s) + channel;
+  const int64_t begin = image(strip.n, s.height * s.width, s) + channel;
+  using Win = Window<T, W>;
+  Win here(grad, index, s, strip.top, left), right(grad, index, s, strip.top, left + 1);
+#pragma unroll 1
+  for (int y = strip.top; y < strip.bottom; ++y) {
+    const Win below(grad, index, s, y + 1, left), across(grad, index, s, y + 1, left + 1);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int row = 2 * y + k / 2, column = 2 * left + k % 2;
+      if (row >= s.height || column >= s.width) continue;
+      Pack<float, W> du = {};
+      here.add(4 + 3 * (k / 2) + k % 2, du);
+      if (k % 2 == 1) right.add(k / 2 == 0 ? 3 : 6, du);
+      if (k / 2 == 1) below.add(1 + k % 2, du);
+      if (k == 3) across.add(0, du);
+      f(begin + pixel(row, column, s.width, s), du);
+    }
+    here = below;
+    right = across;
+  }
+}
+
+// partial[block] = sum(du), sum(du * (x - mean)): reads grad, index and x, writes 2C floats a block
+template <class T, int W>
+__global__ void __launch_bounds__(kThreads, kPoolBlocks)
+    bn_relu_maxpool_partial_kernel(const T* __restrict__ grad, const uint8_t* __restrict__ index,
+                                   const T* __restrict__ x, const float* __restrict__ stats,
+                                   float* __restrict__ partial, PoolShape s) {
+  const Place p = place<W>();
+  float sums[2][W] = {};
+  if (p.channel < s.channels) {
+    const auto mean = load_row<W>(stats, kMean, s.channels, p.channel);
+#pragma unroll 1
+    for (int64_t at = p.row; at < s.places(); at += p.step) {
+      for_each_pixel<T, W>(grad, index, s, Strip(s, static_cast<int>(at)), p.channel,
+                           [&](int64_t offset, const Pack<float, W>& du) {
+                             const auto value = widen(load<W>(x + offset));
+#pragma unroll
+                             for (int i = 0; i < W; ++i) {
+                               sums[0][i] += du.v[i];
+                               sums[1][i] = fmaf(du.v[i], value.v[i] - mean.v[i], sums[1][i]);
+                             }
+                           });
+    }
+  }
+  float* out = partial + static_cast<int64_t>(blockIdx.y) * 2 * s.channels;
+  sum_over_rows<W, 2>(sums, s.channels, [&](int k, int64_t c, float sum) {
+    store(out + k * s.channels + c, Pack<float, 1>{sum});
+  });
+}
+
+// grad, index, x -> dx
+template <class T, int W>
+__global__ void __launch_bounds__(kThreads, kPoolBlocks)
+    bn_relu_maxpool_apply_kernel(const T* __restrict__ grad, const uint8_t* __restrict__ index,
+                                 const T* __restrict__ x, const float* __restrict__ stats,
+                                 const float* __restrict__ sums, T* __restrict__ dx, PoolShape s) {
+  const Place p = place<W>();
+  if (p.channel >= s.channels) return;
+  const Gradient<W> of_x(stats, sums, int64_t{s.n} * s.height * s.width, s.channels, p.channel);
+#pragma unroll 1
+  for (int64_t at = p.row; at < s.places(); at += p.step) {
+    for_each_pixel<T, W>(grad, index, s, Strip(s, static_cast<int>(at)), p.channel,
+                         [&](int64_t offset, const Pack<float, W>& du) {
+                           store(dx + offset, narrow<T>(of_x(du, widen(load<W>(x + offset)))));
+                         });
+  }
+}
+
+// With fixed statistics: grad, index -> dx
+template <class T, int W>
+__global__ void __launch_bounds__(kThreads, kPoolBlocks)
+    bn_relu_maxpool_fixed_kernel(const T* __restrict__ grad, const uint8_t* __restrict__ index,
+                                 const float* __restrict__ stats, T* __restrict__ dx, PoolShape s) {
+  const Place p = place<W>();
+  if (p.channel >= s.channels) return;
+  const auto scale = load_row<W>(stats, kScale, s.channels, p.channel);
+#pragma unroll 1
+  for (int64_t at = p.row; at < s.places(); at += p.step) {
+    for_each_pixel<T, W>(grad, index, s, Strip(s, static_cast<int>(at)), p.channel,
+                         [&](int64_t offset, Pack<float, W> du) {
+#pragma unroll
+                           for (int i = 0; i < W; ++i) du.v[i] *= scale.v[i];
+                           store(dx + offset, narrow<T>(du));
+                         });
+  }
+}
+
+}  // namespace fusedres::cuda

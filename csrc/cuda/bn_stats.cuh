@@ -1,0 +1,198 @@
+// Mean and variance of every channel, and what follows from them. A thread keeps a running (count,
+// mean, sum of squared deviations) for each of its channels; samples are merged by Chan's formula
+// in a fixed order: rows of a thread, rows of a block, blocks. Never E[x^2] - E[x]^2. All of it is
+// of x - pivot, the first row of x, so that a mean far from 0 costs no digits.
+#pragma once
+
+#include "rows.cuh"
+
+namespace fusedres::cuda {
+
+constexpr int kStatsInFlight = 4;
+constexpr int kStatsBlocks = 2;
+
+struct Sample {
+  float mean, m2;  // the mean, the sum of squared deviations from it
+};
+
+// Takes in `other`, whose size is `share` of both together; n is this sample's (Chan et al. 1979).
+__device__ __forceinline__ Sample merge(Sample a, Sample other, float n, float share) {
+  const float delta = other.mean - a.mean;
+  return {fmaf(delta, share, a.mean), a.m2 + other.m2 + delta * delta * (n * share)};
+}
+__device__ __forceinline__ float share_of(float other, float n) {
+  return other > 0.0f ? other / (n + other) : 0.0f;
+}
+
+// How many of `rows` the thread that begins at `first` walks over.
+__device__ __forceinline__ int64_t count_of(int64_t rows, int64_t first, int64_t step) {
+  return first < rows ? (rows - first - 1) / step + 1 : 0;
+}
+
+// partial[block of rows] = (mean, m2) of x - pivot over its rows: reads x once and the pivot,
+// writes 2C floats a block
+template <class T, int W>
+__global__ void __launch_bounds__(kThreads, kStatsBlocks)
+    bn_stats_partial_kernel(const T* __restrict__ x, float* __restrict__ partial, int64_t rows,
+                            int64_t channels) {
+  constexpr int R = kStatsInFlight;
+  const Place p = place<W>();
+  Sample mine[W];
+#pragma unroll
+  for (int i = 0; i < W; ++i) mine[i] = {0.0f, 0.0f};
+  float n = 0.0f;
+  if (p.channel < channels) {
+    const auto pivot = widen(load<W>(x + p.channel));
+    for_each_group<R>(p, rows, [&](const Group& group) {
+      Pack<T, W> xs[R];
+      load_rows<W>(xs, x, channels, p, group);
+      float taken = 0.0f;
+#pragma unroll
+      for (int k = 0; k < R; ++k) taken += group.has(k) ? 1.0f : 0.0f;
+      const float each = 1.0f / taken, share = taken / (n + taken);
+      Pack<float, W> wide[R];
+#pragma unroll
+      for (int k = 0; k < R; ++k) {
+        if (group.has(k)) wide[k] = widen(xs[k]);
+      }
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        float y[R], sum = 0.0f;
+#pragma unroll
+        for (int k = 0; k < R; ++k) {
+          y[k] = wide[k].v[i] - pivot.v[i];
+          sum += group.has(k) ? y[k] : 0.0f;
+        }
+        Sample some = {sum * each, 0.0f};
+#pragma unroll
+        for (int k = 0; k < R; ++k) {
+          const float deviation = group.has(k) ? y[k] - some.mean : 0.0f;
+          some.m2 = fmaf(deviation, deviation, some.m2);
+        }
+        mine[i] = merge(mine[i], some, n, share);
+      }
+      n += taken;
+    });
+  }
+
+  float* means = shared_array<float, kThreads * W, 0>();
+  float* m2s = shared_array<float, kThreads * W, 1>();
+#pragma unroll
+  for (int i = 0; i < W; ++i) {
+    store_shared(means + thread() * W + i, mine[i].mean);
+    store_shared(m2s + thread() * W + i, mine[i].m2);
+  }
+  sync_block();
+  const int width = blockDim.x * W;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * width;
+  for (int c = thread(); c < width && first + c < channels; c += threads()) {
+    Sample all = {0.0f, 0.0f};
+    float count = 0.0f;
+    for (int y = 0; y < static_cast<int>(blockDim.y); ++y) {
+      const int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + y;
+      const float other = count_of(rows, row, p.step);
+      const Sample sample = {load_shared(means + y * width + c), load_shared(m2s + y * width + c)};
+      if (other > 0.0f) all = merge(all, sample, count, share_of(other, count));
+      count += other;
+    }
+    float* out = partial + blockIdx.y * 2 * channels + first + c;
+    store(out, Pack<float, 1>{all.mean});
+    store(out + channels, Pack<float, 1>{all.m2});
+  }
+}
+
+// stats of a channel; rstd as rounded, shift of the scale as rounded
+__device__ __forceinline__ void put_stats(float* stats, const float* weight, const float* bias,
+                                          float mean, float var, float eps, int64_t c,
+                                          int64_t channels) {
+  const float rstd = 1.0f / sqrtf(var + eps);
+  const float scale = weight == nullptr ? rstd : load(weight + c).v[0] * rstd;
+  const float shift = fmaf(-mean, scale, bias == nullptr ? 0.0f : load(bias + c).v[0]);
+  const float values[] = {mean, var, rstd, scale, shift};
+#pragma unroll
+  for (int row = 0; row < 5; ++row) {
+    store(stats + row * channels + c, Pack<float, 1>{values[row]});
+  }
+}
+
+// stats from the samples of all blocks of rows, of which a row of threads takes every
+// kFinalizeRows-th: reads 2C floats a block and the pivot, writes 5C. `height` rows of threads made
+// them.
+template <class T>
+__global__ void __launch_bounds__(kFinalizeColumns* kFinalizeRows)
+    bn_stats_finalize_kernel(const T* __restrict__ x, const float* __restrict__ partial,
+                             const float* __restrict__ weight, const float* __restrict__ bias,
+                             float* __restrict__ stats, int64_t rows, int blocks, int height,
+                             int64_t channels, float eps) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kFinalizeColumns + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(blocks) * height;
+  const auto count_of_block = [&](int block) {
+    const int64_t before = static_cast<int64_t>(block) * height;
+    const int64_t left = rows % step - before;
+    return rows / step * height + (left < 0 ? 0 : left < height ? left : height);
+  };
+  Sample mine = {0.0f, 0.0f};
+  int64_t count = 0;
+  if (c < channels) {
+    for (int block = threadIdx.y; block < blocks; block += kFinalizeRows) {
+      const float* from = partial + static_cast<int64_t>(block) * 2 * channels + c;
+      const Sample sample = {load(from).v[0], load(from + channels).v[0]};
+      const int64_t other = count_of_block(block);
+      mine = merge(mine, sample, count, share_of(other, count));
+      count += other;
+    }
+  }
+  float* means = shared_array<float, kFinalizeColumns * kFinalizeRows, 0>();
+  float* m2s = shared_array<float, kFinalizeColumns * kFinalizeRows, 1>();
+  float* counts = shared_array<float, kFinalizeColumns * kFinalizeRows, 2>();
+  store_shared(means + thread(), mine.mean);
+  store_shared(m2s + thread(), mine.m2);
+  store_shared(counts + thread(), static_cast<float>(count));
+  sync_block();
+  if (threadIdx.y > 0 || c >= channels) return;
+  Sample all = mine;
+  float n = count;
+  for (int y = 1; y < kFinalizeRows; ++y) {
+    const int at = y * kFinalizeColumns + threadIdx.x;
+    const float other = load_shared(counts + at);
+    const Sample sample = {load_shared(means + at), load_shared(m2s + at)};
+    if (other > 0.0f) all = merge(all, sample, n, share_of(other, n));
+    n += other;
+  }
+  const float mean = all.mean + widen(load(x + c)).v[0];
+  put_stats(stats, weight, bias, mean, all.m2 / rows, eps, c, channels);
+}
+
+// stats from the running mean and variance: reads 4C floats, writes 5C
+__global__ void __launch_bounds__(kThreads)
+    bn_running_stats_kernel(const float* __restrict__ running_mean,
+                            const float* __restrict__ running_var, const float* __restrict__ weight,
+                            const float* __restrict__ bias, float* __restrict__ stats,
+                            int64_t channels, float eps) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (c >= channels) return;
+  const float mean = load(running_mean + c).v[0], var = load(running_var + c).v[0];
+  put_stats(stats, weight, bias, mean, var, eps, c, channels);
+}
+
+// torch.lerp: exactly `end` at weight 1
+__device__ __forceinline__ float lerp(float start, float end, float weight) {
+  const float delta = end - start;
+  return weight < 0.5f ? fmaf(weight, delta, start) : end - delta * (1.0f - weight);
+}
+
+// running = running + momentum * (batch - running), the variance made unbiased: reads 4C floats,
+// writes 2C
+__global__ void __launch_bounds__(kThreads)
+    bn_update_running_kernel(float* __restrict__ running_mean, float* __restrict__ running_var,
+                             const float* __restrict__ stats, float unbias, float momentum,
+                             int64_t channels) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (c >= channels) return;
+  const float mean = load(stats + kMean * channels + c).v[0];
+  const float var = load(stats + kVar * channels + c).v[0] * unbias;
+  store(running_mean + c, Pack<float, 1>{lerp(load(running_mean + c).v[0], mean, momentum)});
+  store(running_var + c, Pack<float, 1>{lerp(load(running_var + c).v[0], var, momentum)});
+}
+
+}  // namespace fusedres::cuda

@@ -1,0 +1,90 @@
+// The CUDA ops, callable from any C++. Everything is enqueued on a stream of the current device:
+// nothing is allocated and nothing waits, so calls can be captured in a graph. A failed launch
+// throws std::runtime_error with the kernel's name and problem size.
+//
+// Activations are row-major [rows, channels] matrices (channels_last, rows = N*H*W) of one dtype;
+// stats is [5, channels] (mean, biased variance, rstd, scale, shift) and sums [2, channels] (dbias,
+// dweight), float32. A null pointer stands for what isn't there. Any number of channels, any
+// alignment; multiples of 16 bytes are fast.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedres::cuda {
+
+enum class DType : int { float32, bfloat16, float16 };
+
+// Where an op runs: cudaStream_t, and what the device of the stream has.
+struct Device {
+  void* stream;
+  int multiprocessors;
+};
+
+// Floats of scratch memory that bn_stats (2 quantities) and the backward's sums (2, or 3 with a
+// branch) need, whatever the alignment.
+int64_t bn_workspace(DType, int64_t rows, int64_t channels, int quantities, int multiprocessors);
+
+// x -> stats
+void bn_stats(DType, int64_t rows, int64_t channels, const void* x, const float* weight,
+              const float* bias, float eps, float* workspace, float* stats, Device);
+// stats from the running mean and variance
+void bn_running_stats(int64_t channels, const float* running_mean, const float* running_var,
+                      const float* weight, const float* bias, float eps, float* stats, Device);
+// the running mean and variance moved toward the batch's, the latter made unbiased
+void bn_update_running(int64_t channels, float* running_mean, float* running_var,
+                       const float* stats, int64_t count, float momentum, Device);
+
+// z = relu(x * scale + shift + residual): x (, residual) -> z. With residual_stats the residual
+// goes through its own scale and shift first.
+void bn_act(DType, int64_t rows, int64_t channels, const void* x, const float* stats,
+            const void* residual, const float* residual_stats, bool relu, void* z, Device);
+
+// Sums over du, the gradient behind the ReLU. Without z: grad, x -> sums, the ReLU's mask computed
+// again from x. With z: grad, z, x -> du and sums; du may be grad. With a residual (and its stats),
+// it is read too, and residual_sums are written.
+void bn_act_backward_reduce(DType, int64_t rows, int64_t channels, const void* grad, const void* x,
+                            const void* z, const float* stats, const void* residual,
+                            const float* residual_stats, bool relu, float* workspace, void* du,
+                            float* sums, float* residual_sums, Device);
+// dx = scale * (du - (dbias + (x - mean) * rstd * dweight) / rows): grad, x -> dx, which may be
+// grad; without sums (fixed statistics) dx = scale * du. With a residual both gradients in one pass
+// (relu is false then): du, x, residual -> dx, dresidual.
+void bn_act_backward_apply(DType, int64_t rows, int64_t channels, const void* grad, const void* x,
+                           const float* stats, const float* sums, const void* residual,
+                           const float* residual_stats, const float* residual_sums, bool relu,
+                           void* dx, void* dresidual, Device);
+
+// An image in channels_last: [n, height, width, channels].
+struct Image {
+  int64_t n, height, width, channels;
+};
+// relu(x * scale + shift) and the maximum over 3x3, stride 2, padding 1: x -> z, index (uint8). The
+// index is 3 * row + column of the maximum in its window, or 9 where it is <= 0.
+void bn_relu_maxpool(DType, Image, const void* x, const float* stats, void* z, uint8_t* index,
+                     Device);
+// grad, index, x -> sums; needs bn_relu_maxpool_workspace floats of scratch memory
+int64_t bn_relu_maxpool_workspace(DType, Image, int multiprocessors);
+void bn_relu_maxpool_backward_reduce(DType, Image, const void* grad, const uint8_t* index,
+                                     const void* x, const float* stats, float* workspace,
+                                     float* sums, Device);
+// grad, index, x -> dx; without sums grad, index -> dx
+void bn_relu_maxpool_backward_apply(DType, Image, const void* grad, const uint8_t* index,
+                                    const void* x, const float* stats, const float* sums, void* dx,
+                                    Device);
+
+// the mean over height and width: x -> out [n, channels]
+void global_avg_pool(DType, Image, const void* x, void* out, Device);
+// grad [n, channels] -> dx
+void global_avg_pool_backward(DType, Image, const void* grad, void* dx, Device);
+
+// A float32 weight [outer, inner, taps] (taps = 1: already in the order it shall have) and where
+// its cast goes, [outer, taps, inner] (channels_last).
+struct Weight {
+  const float* weight;
+  void* cast;
+  int64_t outer, inner, taps;
+};
+// All weights in 16 bits, in one launch (for 512 of them; 80 if compiled with CUDA 12.0 or older).
+void cast_weights(DType, const Weight* weights, int64_t number, Device);
+
+}  // namespace fusedres::cuda

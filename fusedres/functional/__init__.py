@@ -1,0 +1,16 @@
+"""Stateless public functions: the contract, its validation, and the autograd Functions."""
+
+from fusedres.functional.batch_norm import BatchNorm
+from fusedres.functional.bn_act import bn_act
+from fusedres.functional.bn_relu_maxpool import bn_relu_maxpool
+from fusedres.functional.cast_weights import cast_weights, casts_weights
+from fusedres.functional.global_avg_pool import global_avg_pool
+
+__all__ = [
+    "BatchNorm",
+    "bn_act",
+    "bn_relu_maxpool",
+    "cast_weights",
+    "casts_weights",
+    "global_avg_pool",
+]

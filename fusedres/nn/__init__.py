@@ -1,0 +1,39 @@
+"""The residual blocks as modules, and the glue from nn.BatchNorm2d, nn.ReLU children to ``functional``."""
+
+from fusedres.nn.blocks import (
+    BasicBlock,
+    Bottleneck,
+    NormLayer,
+    PadShortcut,
+    PlainBlock,
+    TraceForScript,
+    Variant,
+    Zeros,
+    conv1x1,
+    conv3x3,
+    one_of,
+    shortcut,
+)
+from fusedres.nn.casts import cast_weights, convolve
+from fusedres.nn.fuse import batch_norm_act, batch_norm_act_maxpool, global_avg_pool, unfused_reason
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "NormLayer",
+    "PadShortcut",
+    "PlainBlock",
+    "TraceForScript",
+    "Variant",
+    "Zeros",
+    "batch_norm_act",
+    "batch_norm_act_maxpool",
+    "cast_weights",
+    "conv1x1",
+    "conv3x3",
+    "convolve",
+    "global_avg_pool",
+    "one_of",
+    "shortcut",
+    "unfused_reason",
+]

@@ -1,0 +1,225 @@
+"""The residual blocks as modules, with the children, the names and the parameters of torchvision's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedres.nn.casts import convolve
+from fusedres.nn.fuse import altered, batch_norm_act, traced
+
+Variant = Literal["v1.5", "v1"]
+Zeros = Literal["end", "split"]
+NormLayer = Callable[..., nn.Module]
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError unless the argument ``name`` has one of the allowed values."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def shortcut(downsample: nn.Module | None, x: Tensor) -> tuple[Tensor, nn.Module | None]:
+    """The shortcut of a block, and the norm that it still has to go through: ``batch_norm_act``'s last two.
+
+    Args:
+        downsample: None for an identity; of an nn.Sequential of two children the second is left to the end
+            of the block, to be fused there.
+        x: [N, C, H, W], the block's input.
+    """
+    if downsample is None:
+        return x, None
+    if (
+        type(downsample) is nn.Sequential
+        and len(downsample) == 2
+        and altered(downsample) is None
+        and traced(x) is None
+    ):
+        conv, norm = downsample
+        return convolve(conv, x), norm
+    return downsample(x), None
+
+
+class TraceForScript(nn.Module):
+    """A module that torch.jit.script gets as its torch.fx trace: the plain calls of its children."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        traced = torch.fx.symbolic_trace(self)
+        for node in traced.graph.nodes:
+            node.type = None  # an annotation kept as a string is no type to TorchScript
+        traced.recompile()
+        return traced
+
+
+def conv3x3(inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(
+        inplanes, planes, 3, stride, padding=dilation, groups=groups, dilation=dilation, bias=False
+    )
+
+
+def conv1x1(inplanes: int, planes: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inplanes, planes, 1, stride, bias=False)
+
+
+class PadShortcut(nn.Module):
+    """Option A of He et al. 2015, section 3.3: subsampling, and zeros for the new channels.
+
+    Args:
+        inplanes: channels of the input.
+        planes: channels of the output.
+        stride: of the subsampling.
+        zeros: "end" puts the zero channels behind the input's, "split" half of them on either side.
+
+    Shapes:
+        [N, inplanes, H, W] -> [N, planes, ceil(H / stride), ceil(W / stride)]
+
+    Raises:
+        ValueError: an unknown ``zeros``, or fewer channels out than in.
+    """
+
+    def __init__(self, inplanes: int, planes: int, stride: int, zeros: Zeros = "end") -> None:
+        super().__init__()
+        one_of("zeros", zeros, ("end", "split"))
+        if planes < inplanes:
+            raise ValueError(f"planes must be at least inplanes, {inplanes}, got {planes}")
+        self.stride = stride
+        before = (planes - inplanes) // 2 if zeros == "split" else 0
+        self.padding = (before, planes - inplanes - before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *self.padding))
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, padding={self.padding}"
+
+
+class BasicBlock(TraceForScript):
+    """Two 3x3 convolutions and a shortcut (He et al. 2015, figure 5 left).
+
+    Args:
+        inplanes: channels of the input.
+        planes: channels of both convolutions.
+        stride: of the first convolution and, through ``downsample``, of the shortcut.
+        downsample: the shortcut; None for an identity.
+        groups: 1.
+        base_width: 64.
+        dilation: 1.
+        norm_layer: makes a norm from a number of channels; nn.BatchNorm2d by default.
+        variant: as in :class:`Bottleneck`, without a difference here.
+
+    Shapes:
+        [N, inplanes, H, W] -> [N, planes, H / stride, W / stride]
+
+    Raises:
+        ValueError: groups, base_width or dilation other than those, or an unknown variant.
+    """
+
+    expansion: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: NormLayer | None = None,
+        *,
+        variant: Variant = "v1.5",
+    ) -> None:
+        super().__init__()
+        one_of("variant", variant, tuple(Bottleneck.strided))
+        for name, value, needed in (
+            ("groups", groups, 1),
+            ("base_width (width_per_group)", base_width, 64),
+            ("dilation (replace_stride_with_dilation)", dilation, 1),
+        ):
+            if value != needed:
+                raise ValueError(f"{name} must be {needed} in a net of basic blocks, got {value}")
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.conv1 = conv3x3(inplanes, planes, stride)
+        self.bn1 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = conv3x3(planes, planes)
+        self.bn2 = norm_layer(planes)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = batch_norm_act(self.bn1, self.relu, convolve(self.conv1, x))
+        out = convolve(self.conv2, out)
+        return batch_norm_act(self.bn2, self.relu, out, *shortcut(self.downsample, x))
+
+
+class PlainBlock(BasicBlock):
+    """A basic block without its shortcut: the plain nets of He et al. 2015, section 3.3."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = batch_norm_act(self.bn1, self.relu, convolve(self.conv1, x))
+        return batch_norm_act(self.bn2, self.relu, convolve(self.conv2, out))
+
+
+class Bottleneck(TraceForScript):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut (He et al. 2015, figure 5 right).
+
+    Args:
+        inplanes: channels of the input.
+        planes: a quarter of the channels of the output.
+        stride: of the block.
+        downsample: the shortcut; None for an identity.
+        groups: of the 3x3 convolution (ResNeXt).
+        base_width: channels per group where ``planes`` is 64 (wide ResNet).
+        dilation: of the 3x3 convolution.
+        norm_layer: makes a norm from a number of channels; nn.BatchNorm2d by default.
+        variant: "v1.5" has the stride on the 3x3 convolution, "v1", the paper's, on the first 1x1.
+
+    Shapes:
+        [N, inplanes, H, W] -> [N, 4 * planes, H / stride, W / stride]
+
+    Raises:
+        ValueError: an unknown variant.
+    """
+
+    expansion: ClassVar[int] = 4
+    # variant -> the convolution that has the stride
+    strided: ClassVar[dict[str, str]] = {"v1.5": "conv2", "v1": "conv1"}
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: NormLayer | None = None,
+        *,
+        variant: Variant = "v1.5",
+    ) -> None:
+        super().__init__()
+        one_of("variant", variant, tuple(self.strided))
+        norm_layer = norm_layer or nn.BatchNorm2d
+        strides = {"conv1": 1, "conv2": 1, self.strided[variant]: stride}
+        width = int(planes * (base_width / 64.0)) * groups
+        self.conv1 = conv1x1(inplanes, width, strides["conv1"])
+        self.bn1 = norm_layer(width)
+        self.conv2 = conv3x3(width, width, strides["conv2"], groups, dilation)
+        self.bn2 = norm_layer(width)
+        self.conv3 = conv1x1(width, planes * self.expansion)
+        self.bn3 = norm_layer(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = batch_norm_act(self.bn1, self.relu, convolve(self.conv1, x))
+        out = batch_norm_act(self.bn2, self.relu, convolve(self.conv2, out))
+        out = convolve(self.conv3, out)
+        return batch_norm_act(self.bn3, self.relu, out, *shortcut(self.downsample, x))

@@ -1,0 +1,228 @@
+"""From the children of a block to ``functional``: what runs fused, and why what doesn't.
+
+A batch norm, the residual add behind it and the activation run as one call wherever that changes
+nothing, else child by child.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from fusedres import functional
+
+_PLAIN = (Tensor, nn.Parameter)
+_PLAIN_OR_NONE = (*_PLAIN, type(None))
+
+
+def _is_frozen(norm: nn.Module) -> bool:
+    # by name: importing torchvision takes a second, and who has such a module has imported it
+    kind = type(norm)
+    return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc"
+
+
+def altered(child: nn.Module) -> str | None:
+    """Why calling ``child`` does more than its class's forward; None if it doesn't."""
+    if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+        return "has a hook"
+    if "forward" in child.__dict__:
+        return "has a forward of its own"
+    if child._compiled_call_impl is not None:
+        return "was compiled by itself"
+    if (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    ):
+        return "is under a global module hook"
+    return None
+
+
+def traced(x: Tensor) -> str | None:
+    """Why children have to be called one by one for ``x``, whatever they are; None if they needn't."""
+    if type(x) not in _PLAIN:
+        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return "torch.jit is tracing"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func is transforming the call"
+    return None
+
+
+def _tensors(norm: nn.Module) -> tuple[Any, ...]:
+    """weight, bias, running mean and variance, past nn.Module's slow way to an attribute.
+
+    Something that is no tensor stands for one that isn't where its class puts it.
+    """
+    parameters: dict[str, Any] = norm._parameters if type(norm) is nn.BatchNorm2d else norm._buffers
+    buffers = norm._buffers
+    return (
+        parameters.get("weight", norm),
+        parameters.get("bias", norm),
+        buffers.get("running_mean", norm),
+        buffers.get("running_var", norm),
+    )
+
+
+def unfused_reason(
+    norm: nn.Module, act: nn.Module | None, x: Tensor | None = None, residual: Tensor | None = None
+) -> str | None:
+    """Why ``norm``, the residual add and ``act`` can't run as one fused ``bn_act``; None if they can.
+
+    Args:
+        norm: the normalisation, fused if it is exactly an nn.BatchNorm2d or torchvision's
+            FrozenBatchNorm2d.
+        act: the activation behind it, fused if it is exactly an nn.ReLU or nn.Identity; None for none.
+        x: [N, C, H, W], what ``norm`` is about to be called on; None to look at the modules alone.
+        residual: [N, C, H, W], what is added in between.
+    """
+    frozen = type(norm) is not nn.BatchNorm2d
+    if frozen and not _is_frozen(norm):
+        return f"the norm is a {type(norm).__name__}, not an nn.BatchNorm2d or FrozenBatchNorm2d"
+    why = altered(norm)
+    if why is not None:
+        return f"the norm {why}"
+    if act is not None:
+        if type(act) is not nn.ReLU and type(act) is not nn.Identity:
+            return f"the activation is a {type(act).__name__}, not an nn.ReLU or nn.Identity"
+        why = altered(act)
+        if why is not None:
+            return f"the activation {why}"
+    if x is not None:
+        # before a parameter is read, which fx would record
+        why = traced(x)
+        if why is not None:
+            return why
+    weight, bias, mean, var = _tensors(norm)
+    if not (
+        type(weight) in _PLAIN_OR_NONE
+        and type(bias) in _PLAIN_OR_NONE
+        and type(mean) in _PLAIN_OR_NONE
+        and type(var) in _PLAIN_OR_NONE
+    ):
+        return "the norm's parameters or buffers aren't plain tensors"
+    if x is None:
+        return None
+    if x.dim() != 4:
+        return f"the input is {x.dim()}D"
+    if frozen and weight.dtype != x.dtype:
+        return f"FrozenBatchNorm2d promotes {x.dtype} with its {weight.dtype} buffers"
+    if residual is not None and not (
+        type(residual) in _PLAIN
+        and residual.dtype == x.dtype
+        and residual.shape == x.shape
+        and residual.device == x.device
+    ):
+        return "the residual differs from the input in kind, dtype, shape or device"
+    return None
+
+
+def _contract(norm: Any) -> functional.BatchNorm:
+    """The arguments that ``norm``'s own forward would give F.batch_norm."""
+    weight, bias, mean, var = _tensors(norm)
+    training, momentum = False, None
+    if type(norm) is nn.BatchNorm2d:
+        training, momentum = norm.training, norm.momentum
+        if training and not norm.track_running_stats:
+            mean = var = None
+        elif training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(norm.num_batches_tracked)
+        training = training or (mean is None and var is None)
+    return functional.BatchNorm(
+        weight, bias, mean, var, training, 0.0 if momentum is None else momentum, norm.eps
+    )
+
+
+def batch_norm_act(
+    norm: nn.Module,
+    act: nn.Module | None,
+    x: Tensor,
+    residual: Tensor | None = None,
+    residual_norm: nn.Module | None = None,
+) -> Tensor:
+    """``act(norm(x) + residual_norm(residual))``: fused where :func:`unfused_reason` finds nothing against.
+
+    Otherwise the children are called one after the other, as torchvision's blocks do it.
+
+    Args:
+        norm: a batch norm; anything else is called.
+        act: the activation; None for none.
+        x: [N, C, H, W], bf16 | fp16 | fp32, channels_last or NCHW.
+        residual: [N, C, H, W], the shortcut's output, or None.
+        residual_norm: the norm that the residual goes through first; None for none.
+
+    Returns:
+        [N, C, H, W], dtype of x.
+    """
+    if residual is not None and residual_norm is not None:
+        together = (
+            unfused_reason(residual_norm, None, residual) is None
+            and unfused_reason(norm, act, x, residual) is None
+        )
+        if not together:
+            residual, residual_norm = batch_norm_act(residual_norm, None, residual), None
+    if unfused_reason(norm, act, x, residual) is None:
+        # in the order of the plain calls
+        branch = None if residual_norm is None else _contract(residual_norm)
+        own = _contract(norm)
+        return functional.bn_act(
+            x,
+            *own[:4],
+            residual=residual,
+            residual_norm=branch,
+            relu=type(act) is nn.ReLU,
+            training=own.training,
+            momentum=own.momentum,
+            eps=own.eps,
+        )
+    out: Tensor = norm(x)
+    if residual is not None:
+        out += residual
+    return out if act is None else act(out)
+
+
+_MAXPOOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1}
+
+
+def batch_norm_act_maxpool(norm: nn.Module, act: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
+    """``pool(act(norm(x)))``, the stem behind its convolution: in one pass where nothing speaks against it.
+
+    Args:
+        norm: a batch norm; anything else is called.
+        act: fused if it is exactly an nn.ReLU.
+        pool: fused if it is exactly an nn.MaxPool2d of 3x3, stride 2 and padding 1.
+        x: [N, C, H, W], bf16 | fp16 | fp32, channels_last or NCHW.
+    """
+    if (
+        type(pool) is nn.MaxPool2d
+        and all(getattr(pool, name) in (value, (value, value)) for name, value in _MAXPOOL.items())
+        and not pool.ceil_mode
+        and not pool.return_indices
+        and altered(pool) is None
+        and type(act) is nn.ReLU
+        and unfused_reason(norm, act, x) is None
+    ):
+        own = _contract(norm)
+        return functional.bn_relu_maxpool(
+            x, *own[:4], training=own.training, momentum=own.momentum, eps=own.eps
+        )
+    return pool(batch_norm_act(norm, act, x))  # type: ignore[no-any-return]
+
+
+def global_avg_pool(pool: nn.Module, x: Tensor) -> Tensor:
+    """``pool(x)``, by :func:`functional.global_avg_pool` if it is exactly an nn.AdaptiveAvgPool2d to 1x1."""
+    if (
+        type(pool) is nn.AdaptiveAvgPool2d
+        and pool.output_size in (1, (1, 1))
+        and altered(pool) is None
+        and traced(x) is None
+        and x.dim() == 4
+    ):
+        return functional.global_avg_pool(x)
+    return pool(x)  # type: ignore[no-any-return]

@@ -1,0 +1,48 @@
+"""The registered ops: schemas, fakes, and the way from a call to a kernel.
+
+Nothing else knows torch.library. An op's arithmetic lives in ``kernels``; ``plan`` says which
+implementation serves a call. Here tensors are checked, brought into one memory layout, and the
+outputs allocated, so that an implementation only computes.
+
+``stats`` is [5, C] with the rows mean, biased variance, rstd, scale, shift; ``sums`` is [2, C] with
+the rows dbias, dweight. Both are float32 (float64 for a float64 activation).
+"""
+
+from typing import Any
+
+import torch
+
+from fusedres.ops import (
+    bn_act,
+    bn_act_backward,
+    bn_relu_maxpool,
+    bn_stats,
+    cast_weights,
+    global_avg_pool,
+)
+from fusedres.ops.dispatch import backend, choice, forced_backend, layout, served, served_from
+from fusedres.ops.tensors import Op, stats_dtype
+
+__all__ = [
+    "OPS",
+    "backend",
+    "choice",
+    "forced_backend",
+    "layout",
+    "served",
+    "served_from",
+    "stats_dtype",
+]
+
+OPS: dict[str, Op] = {
+    name: op
+    for module in (bn_stats, bn_act, bn_act_backward, bn_relu_maxpool, global_avg_pool, cast_weights)
+    for name, op in module.OPS.items()
+}
+
+_library: Any = torch.library.Library("fusedres", "DEF")  # type: ignore[no-untyped-call]
+for _name, _op in OPS.items():
+    _library.define(_name + _op.schema)
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _op.run, _key)
+    torch.library.register_fake(f"fusedres::{_name}", _op.fake, lib=_library)

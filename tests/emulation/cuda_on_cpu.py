@@ -1,0 +1,57 @@
+"""The "cuda" backend on CPU tensors, by the emulated kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+from emulation import build
+from torch import Tensor
+
+import fusedres
+from fusedres import kernels, ops, plan
+from fusedres.kernels import cuda
+
+MULTIPROCESSORS = 2
+
+
+@functools.cache
+def module() -> ModuleType:
+    """The compiled module's CUDA part, every kernel and launcher of it, over the emulation."""
+    sources = [build.ROOT / "csrc" / "bindings_cuda.cpp", *sorted(build.CUDA.glob("*.cu"))]
+    return build.load(build.build("_emulated", sources, ["FUSEDRES_BIND_CUDA"]))
+
+
+@contextlib.contextmanager
+def cuda_on_cpu(multiprocessors: int = MULTIPROCESSORS) -> Iterator[None]:
+    """Inside, ``fusedres.backend("cuda")`` is in force and takes CPU tensors.
+
+    Everything from the op to the kernel is what a GPU would run, but for the stream, the number of
+    multiprocessors and the execution itself.
+    """
+
+    def launch(function: Callable[..., None], x: Tensor, *arguments: Any) -> None:
+        function(*arguments, cuda._multiprocessors(x.device), 0)
+
+    with contextlib.ExitStack() as stack:
+        for patch in (
+            mock.patch.object(cuda, "_C", module()),
+            mock.patch.object(cuda, "_launch", launch),
+            mock.patch.object(cuda, "_multiprocessors", lambda device: multiprocessors),
+            mock.patch.dict(plan.DEVICE, {"cuda": "cpu"}),
+            mock.patch.object(kernels, "unavailable", lambda: {}),
+        ):
+            stack.enter_context(patch)
+        _forget()
+        stack.callback(_forget)
+        stack.enter_context(fusedres.backend("cuda"))
+        yield
+
+
+def _forget() -> None:
+    for cached in (ops.choice, cuda._workspace_size, cuda._maxpool_workspace_size):
+        cached.cache_clear()

@@ -1,0 +1,115 @@
+"""Whole training steps whose batch norms, pools and casts are the emulated CUDA kernels."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bn_case import DTYPES, Case
+from emulation import build
+from fused_ops import FusedOps
+from tolerances import assert_close_to_reference
+from torch import Tensor, nn
+
+import fusedres
+from fusedres.models.resnet import ResNet
+from fusedres.nn import Bottleneck
+
+pytestmark = [
+    pytest.mark.skipif(bool(build.unavailable()), reason=build.unavailable()),
+    pytest.mark.skipif(
+        not build.is_set(), reason="needs the environment that tests/emulation/build.py --env prints"
+    ),
+]
+
+
+@pytest.fixture
+def cuda() -> Iterator[None]:
+    from emulation.cuda_on_cpu import cuda_on_cpu, module
+
+    module().preempt(False)  # whole networks: the schedules are test_kernels.py's
+    with cuda_on_cpu():
+        yield
+    module().preempt(True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["channels_last", "nchw"])
+def test_bn_act(cuda, dtype, layout, poisoned):
+    for relu, training, branch in itertools.product([True, False], [True, False], [None, True, False]):
+        for shape in ((2, 20, 5, 7), (3, 64, 4, 4)):
+            settings = {"relu": relu, "training": training}
+            Case(shape, dtype, layout, residual=True, branch=branch, **settings).check()
+            Case(shape, dtype, layout, residual=False, **settings).check()
+
+
+def step(model: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Loss, gradients and buffers of a training step in ``dtype``: by autocast in bfloat16."""
+    model = copy.deepcopy(model).train()
+    wide = dtype if dtype == torch.float64 else torch.float32
+    model.to(wide, memory_format=torch.channels_last)
+    x = x.to(wide, memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = model(x)
+    loss = F.cross_entropy(logits.to(wide), target)
+    loss.backward()
+    results = {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters()}
+    return results | {n: b for n, b in model.named_buffers() if b.is_floating_point()}
+
+
+class ShortResNet(ResNet):
+    """A ResNet-50 of one block a stage."""
+
+    block = Bottleneck
+    depths = (1, 1, 1, 1)
+
+
+NETS = {
+    "resnet18": lambda: fusedres.resnet18(num_classes=10),
+    "bottlenecks": lambda: ShortResNet(num_classes=10),
+    "cifar": lambda: fusedres.CifarResNet(8),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NETS)
+def test_training_step(cuda, name, dtype):
+    model = NETS[name]()
+    x, target = torch.randn(3, 3, 48, 48), torch.tensor([1, 5, 9])
+    with FusedOps() as seen:
+        ours = step(model, x, target, dtype)
+    projections = 0 if name == "cifar" else sum("downsample.1.weight" in n for n in ours)
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    stem = name != "cifar"
+    expected = Counter(
+        bn_stats=norms,
+        bn_update_running_=norms,
+        # a projection's batch norm goes with the one at the end of its block
+        bn_act=norms - projections - stem,
+        global_avg_pool=1,
+        global_avg_pool_backward=1,
+        bn_relu_maxpool=int(stem),
+        bn_relu_maxpool_backward_reduce=int(stem),
+        bn_relu_maxpool_backward_apply=int(stem),
+        cast_weights=int(dtype == torch.bfloat16),
+    )
+    assert {op: seen.calls[op] for op in expected} == dict(expected)
+    with pytest.MonkeyPatch.context() as patch:
+        # the same modules child by child, as torchvision's
+        for module in ("nn.fuse", "nn.blocks"):
+            patch.setattr(f"fusedres.{module}.unfused_reason", lambda *_: "told so", raising=False)
+        with fusedres.backend("reference"):
+            theirs, reference = step(model, x, target, dtype), step(model, x, target, torch.float64)
+    # two runs of a network round differently layer after layer: as far from the truth as PyTorch's, and as
+    # many roundings of the largest value
+    roundings = 30 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    for key, value in ours.items():
+        # a mean is a sum of normalised values, however small it is
+        size = max(reference[key].abs().max().item(), 1.0 if "running" in key else 0.0)
+        terms = roundings * size
+        assert_close_to_reference(value, theirs[key], reference[key], terms=terms, name=key)

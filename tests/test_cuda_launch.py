@@ -1,0 +1,109 @@
+"""The CUDA launchers as Python calls them: what they refuse, and a launch that fails says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusedres import kernels
+
+if "cuda" in kernels.unavailable():
+    pytest.skip(kernels.unavailable()["cuda"], allow_module_level=True)
+
+from fusedres import _C
+
+DEVICE = (4, 0)  # multiprocessors, the default stream
+MATRIX, IMAGE = ("float32", 6, 8), ("bfloat16", 2, 7, 5, 16)
+SOME = 256  # an address that is never used
+
+# every launcher, its arguments, and what it has to call itself and its problem when it fails
+LAUNCHES = {
+    "cuda_bn_stats": ((*MATRIX, SOME, 0, 0, 1e-5, SOME, SOME), r"bn_stats of \[6, 8\]"),
+    "cuda_bn_running_stats": ((8, SOME, SOME, 0, 0, 1e-5, SOME), r"bn_running_stats of \[1, 8\]"),
+    "cuda_bn_update_running_": ((8, SOME, SOME, SOME, 6, 0.1), r"bn_update_running of \[1, 8\]"),
+    "cuda_bn_act": ((*MATRIX, SOME, SOME, 0, 0, True, SOME), r"bn_act of \[6, 8\]"),
+    "cuda_bn_act_backward_reduce": (
+        (*MATRIX, SOME, SOME, 0, SOME, 0, 0, True, SOME, 0, SOME, 0),
+        r"bn_act_backward_reduce of \[6, 8\]",
+    ),
+    "cuda_bn_act_backward_apply": (
+        (*MATRIX, SOME, SOME, SOME, SOME, 0, 0, 0, True, SOME, 0),
+        r"bn_act_backward_apply of \[6, 8\]",
+    ),
+    "cuda_bn_relu_maxpool": ((*IMAGE, SOME, SOME, SOME, SOME), r"bn_relu_maxpool of \[2, 16, 7, 5\]"),
+    "cuda_bn_relu_maxpool_backward_reduce": (
+        (*IMAGE, SOME, SOME, SOME, SOME, SOME, SOME),
+        r"bn_relu_maxpool_backward_reduce of \[2, 16, 7, 5\]",
+    ),
+    "cuda_bn_relu_maxpool_backward_apply": (
+        (*IMAGE, SOME, SOME, SOME, SOME, SOME, SOME),
+        r"bn_relu_maxpool_backward_apply of \[2, 16, 7, 5\]",
+    ),
+    "cuda_global_avg_pool": ((*IMAGE, SOME, SOME), r"global_avg_pool of \[2, 16, 7, 5\]"),
+    "cuda_global_avg_pool_backward": ((*IMAGE, SOME, SOME), r"global_avg_pool_backward of \[2, 16, 7, 5\]"),
+    "cuda_cast_weights": (("bfloat16", [(SOME, SOME, 8, 3, 9)]), "cast_weights of 1 weights"),
+}
+
+
+def test_every_launcher_is_here():
+    assert {n for n in dir(_C) if n.startswith("cuda_bn") or "pool" in n or "cast" in n} - set(LAUNCHES) <= {
+        "cuda_bn_workspace",
+        "cuda_bn_relu_maxpool_workspace",
+        *(n for n in dir(_C) if n.startswith("cpu_")),
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where no launch succeeds")
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_launch_error_names_the_kernel_and_its_problem(name):
+    arguments, problem = LAUNCHES[name]
+    with pytest.raises(RuntimeError, match=f"^{problem} was not launched: .*(driver|device)"):
+        getattr(_C, name)(*arguments, *DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("cuda_bn_stats", {0: "int8"}, "dtype must be float32, bfloat16 or float16, got int8"),
+        ("cuda_bn_stats", {1: 0}, "an activation must not be empty"),
+        ("cuda_bn_stats", {3: 0}, "x must not be null"),
+        ("cuda_bn_stats", {7: 0}, "workspace must not be null"),
+        ("cuda_bn_act", {8: 0}, "z must not be null"),
+        ("cuda_bn_act_backward_reduce", {5: SOME}, "z and du go together"),
+        ("cuda_bn_act_backward_reduce", {7: SOME}, "residual and residual_stats go together"),
+        (
+            "cuda_bn_act_backward_reduce",
+            {7: SOME, 8: SOME, 13: SOME},
+            "z must be given where a residual went through the ReLU",
+        ),
+        ("cuda_bn_act_backward_apply", {7: SOME, 8: SOME}, "dresidual must not be null"),
+        (
+            "cuda_bn_act_backward_apply",
+            {7: SOME, 8: SOME, 12: SOME},
+            "with a residual the gradient is behind the ReLU already",
+        ),
+        ("cuda_bn_relu_maxpool", {2: 0}, "an image must not be empty"),
+        ("cuda_bn_relu_maxpool", {1: 1 << 20, 2: 1 << 6, 3: 1 << 6}, r"2\^31 pixels or more"),
+        ("cuda_cast_weights", {0: "float32"}, "cast_weights casts to 16 bits"),
+        ("cuda_cast_weights", {1: [(SOME, SOME, 0, 3, 9)]}, "a weight must not be empty"),
+        ("cuda_cast_weights", {1: [(0, SOME, 8, 3, 9)]}, "weight must not be null"),
+    ],
+)
+def test_refuses_what_it_would_misread(name, change, message):
+    arguments = [change.get(i, value) for i, value in enumerate(LAUNCHES[name][0])]
+    with pytest.raises(ValueError, match=message):
+        getattr(_C, name)(*arguments, *DEVICE)
+
+
+def test_a_device_without_multiprocessors():
+    with pytest.raises(ValueError, match="a device has at least 1 multiprocessor"):
+        _C.cuda_bn_stats(*LAUNCHES["cuda_bn_stats"][0], 0, 0)
+
+
+def test_workspace_holds_every_block_of_rows():
+    """It grows with the device, not with the rows, and never falls below one block's sums."""
+    sizes = [_C.cuda_bn_workspace("bfloat16", rows, 64, 2, 132) for rows in (1, 10_000, 10**6, 10**9)]
+    assert sizes[0] == 2 * 64 and sizes == sorted(sizes) and sizes[2] == sizes[3]
+    assert sizes[3] <= 132 * 3 * 2 * 64
+    # a wide activation is summed by fewer blocks of rows, so that partial sums stay small beside it
+    assert _C.cuda_bn_workspace("bfloat16", 12_544, 2048, 2, 132) * 4 < 0.05 * 12_544 * 2048 * 2
