@@ -1,6 +1,7 @@
 """Fused batch norm, ReLU and residual add for ResNets, as drop-in PyTorch modules and functions."""
 
 from fusedres import functional
+from fusedres._explain import explain
 from fusedres._version import __version__
 from fusedres.models.cifar import CifarResNet
 from fusedres.models.resnet import (
@@ -26,6 +27,7 @@ __all__ = [
     "ResNet152",
     "__version__",
     "backend",
+    "explain",
     "functional",
     "resnet18",
     "resnet34",

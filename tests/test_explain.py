@@ -1,0 +1,100 @@
+"""fusedres.explain: every layer, and what runs it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fusedres
+from fusedres import kernels
+
+COMPILED = "cpu" not in kernels.unavailable()
+
+
+def of(explanation, layer):
+    return [step for step in explanation if step.layer == layer]
+
+
+@pytest.mark.skipif(not COMPILED, reason="the compiled module is not built")
+def test_every_layer_of_a_training_forward():
+    model = fusedres.resnet50()
+    table = fusedres.explain(model, (32, 3, 224, 224), torch.bfloat16)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            assert [s.op for s in of(table, name)] == ["convolution"], name
+        if isinstance(module, nn.BatchNorm2d):
+            ops = [s.op for s in of(table, name)]
+            # a projection's batch norm is applied with the one at the end of its block
+            last = {"bn1": "bn_relu_maxpool"}.get(name, "bn_act")
+            assert ops == (["bn_stats"] if "downsample" in name else ["bn_stats", last]), name
+    assert {s.implementation for s in table if s.op.startswith("bn_")} == {"cpu"}
+    stem = of(table, "bn1")[1]
+    assert stem.shape == (32, 64, 112, 112) and "first choice on cpu" in stem.reason
+    lines = str(table).splitlines()
+    assert len(lines) == len(table) + 1 and lines[0].split()[:2] == ["layer", "op"]
+    # nothing was run on the model itself
+    assert not model.bn1.num_batches_tracked and model.conv1.weight.device.type == "cpu"
+
+
+def test_what_runs_is_what_is_explained():
+    """The same ops in the same order as a real forward calls."""
+    from fused_ops import FusedOps
+
+    model = fusedres.CifarResNet(8, shortcut="B")
+    with fusedres.backend("reference"):
+        table = fusedres.explain(model, (2, 3, 32, 32))
+        with FusedOps() as seen:
+            model(torch.zeros(2, 3, 32, 32))
+    ours = [s.op for s in table if s.implementation == "reference"]
+    assert {op: ours.count(op) for op in ours} == {
+        op: n for op, n in seen.calls.items() if op not in ("bn_update_running_", "bn_running_stats")
+    }
+
+
+def test_small_activations():
+    table = fusedres.explain(fusedres.resnet18(), (1, 3, 224, 224))
+    (step,) = (s for s in table if s.layer == "layer4.0.bn1" and s.op == "bn_act")
+    assert step.implementation == "aten"
+    if COMPILED:
+        assert step.reason == "25,088 values, cpu pays from 1,048,576"
+
+
+def test_another_device_than_this_machines():
+    """Without the device the plan still says what its rules give."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        fusedres.ops.choice.cache_clear()
+        table = fusedres.explain(fusedres.resnet18(), (8, 3, 64, 64), torch.float16, "cuda")
+        fusedres.ops.choice.cache_clear()
+    reasons = {s.reason for s in table if s.op == "bn_act"}
+    assert len(reasons) == 1 and "compute capability 7.5, kernels need 8.0" in reasons.pop()
+
+
+def test_unfused_layers_say_why():
+    model = fusedres.resnet18()
+    model.layer1[0].bn1.register_forward_hook(lambda *_: None)
+    model.layer2[0].relu = nn.GELU()
+    table = fusedres.explain(model, (16, 3, 224, 224))
+    assert of(table, "layer1.0.bn1")[0][3:] == ("aten", "the norm has a hook")
+    assert of(table, "layer2.0.bn1")[0].implementation == "aten"
+
+
+def test_a_model_of_another_kind():
+    table = fusedres.explain(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), (2, 3, 8, 8))
+    assert [(s.layer, s.op, s.implementation) for s in table] == [
+        ("0", "convolution", "aten"),
+        ("1", "batch norm", "aten"),
+    ]
+    assert table[1].reason == "not in a fused block"
+
+
+@pytest.mark.parametrize("size", [(3, 224, 224), (0, 3, 8, 8), (1, 3, 8.0, 8), "1x3x8x8"])
+def test_errors(size):
+    with pytest.raises(ValueError, match="input_size must be four positive integers"):
+        fusedres.explain(fusedres.resnet18(), size)
+    with (
+        fusedres.backend("cuda"),
+        pytest.raises(RuntimeError, match="backend 'cuda' can't serve bn_stats on cpu"),
+    ):
+        fusedres.explain(fusedres.resnet18(), (1, 3, 64, 64))
