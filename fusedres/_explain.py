@@ -116,7 +116,7 @@ def explain(
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     dtype, device = dtype or first.dtype, torch.device(device or first.device)
     forced = ops.forced_backend()
-    twin = copy.deepcopy(model).to("meta", torch.float32)
+    twin = _on_meta(model)
     owners = {id(p): name.rpartition(".")[0] for name, p in twin.named_parameters()}
     owners |= {id(b): name.rpartition(".")[0] for name, b in twin.named_buffers()}
     recorder = _Recorder(owners)
@@ -125,8 +125,43 @@ def explain(
         twin(torch.empty(*input_size, device="meta"))
     modules = dict(twin.named_modules())
     return Explanation(
-        _step(layer, op, shape, dtype, device, forced, modules) for layer, op, shape in recorder.calls
+        step
+        for layer, op, shape in recorder.calls
+        for step in _steps(layer, op, shape, dtype, device, forced, modules)
     )
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy without values, in float32."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty_like(tensor, dtype=dtype, device="meta", requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+# what an op does where no implementation has it in one pass
+_COMPOSED_OF = {"bn_relu_maxpool": ("bn_act", "max pool")}
+
+
+def _steps(
+    layer: str,
+    op: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    forced: str,
+    modules: dict[str, nn.Module],
+) -> list[Step]:
+    step = _step(layer, op, shape, dtype, device, forced, modules)
+    if step.implementation != "aten" or op not in _COMPOSED_OF or step.reason.startswith("the norm"):
+        return [step]
+    whole, *rest = _COMPOSED_OF[op]
+    return [
+        _step(layer, whole, shape, dtype, device, forced, modules),
+        *(Step("", name, shape, "aten", "PyTorch's own") for name in rest),
+    ]
 
 
 def _step(
@@ -138,11 +173,17 @@ def _step(
     forced: str,
     modules: dict[str, nn.Module],
 ) -> Step:
+    module = modules.get(layer)
+    why = None
+    if module is not None and (op == "batch norm" or op.startswith("bn_")):
+        # what the shapes alone didn't tell: FrozenBatchNorm2d is plain in 16 bits
+        x = torch.empty(shape, dtype=dtype, device="meta") if op.startswith("bn_") else None
+        why = unfused_reason(module, None, x)
     if op not in plan.ALL_OPS:
-        module = modules.get(layer)
-        why = unfused_reason(module, None) if op == "batch norm" and module is not None else None
         own = "not in a fused block" if op == "batch norm" else "PyTorch's own"
         return Step(layer, op, shape, "aten", why or own)
+    if why is not None:
+        return Step(layer, op, shape, "aten", why)
     implementation, reason = ops.choice(op, device, dtype, forced)
     least = ops.served_from(op, device, dtype, forced)
     values = torch.Size(shape).numel()

@@ -56,6 +56,7 @@ class Problem(NamedTuple):
     dtype: str  # of the activation, without "torch."
     capability: tuple[int, int] | None = None  # of a CUDA device
     interpreted: bool = False  # Triton kernels run on the CPU (TRITON_INTERPRET=1)
+    built_for: tuple[str, ...] | None = None  # CMAKE_CUDA_ARCHITECTURES of the CUDA kernels; None: any
 
 
 class Choice(NamedTuple):
@@ -85,7 +86,31 @@ def refusal(name: str, problem: Problem, unavailable: Mapping[str, str]) -> str 
     if problem.device == "cuda" and (problem.capability or (0, 0)) < MIN_CAPABILITY:
         have = ".".join(map(str, problem.capability or (0, 0)))
         return f"the GPU has compute capability {have}, kernels need 8.0"
-    return None
+    return _not_built_for(problem) if name == "cuda" else None
+
+
+def _not_built_for(problem: Problem) -> str | None:
+    capability, built_for = problem.capability, problem.built_for
+    if capability is None or built_for is None or any(covers(arch, capability) for arch in built_for):
+        return None
+    have = ".".join(map(str, capability))
+    return f"built for {', '.join(built_for)}, the GPU has compute capability {have}"
+
+
+def covers(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels built for ``architecture``, as "80", "90a" or "86-real", run on a GPU.
+
+    A plain number brings PTX, which every later GPU compiles; "-real" brings code for its own major version
+    alone, "a" for that very chip.
+    """
+    number, _, kind = architecture.partition("-")
+    digits = number.rstrip("af")
+    major, minor = int(digits[:-1]), int(digits[-1])
+    if digits != number:
+        return capability == (major, minor)
+    if kind == "real":
+        return capability[0] == major and capability[1] >= minor
+    return capability >= (major, minor)
 
 
 def least_values(implementation: str, dtype: str) -> int:

@@ -131,6 +131,13 @@ def test_parameters_in_the_activations_dtype(implementation, dtype):
     assert not torch.equal(mean, torch.zeros(8, dtype=dtype))
 
 
+def test_parameters_that_are_not_contiguous(implementation):
+    both = torch.randn(8, 2)
+    x = torch.randn(2, 8, 5, 5)
+    out = bn_act(x, both[:, 0], both[:, 1], None, None, training=True)
+    torch.testing.assert_close(out, F.relu(F.batch_norm(x, None, None, both[:, 0], both[:, 1], True)))
+
+
 def test_only_the_gradients_asked_for(implementation):
     for wanted in itertools.product([False, True], repeat=4):
         if not any(wanted):

@@ -144,6 +144,35 @@ def test_a_convolution_out_of_the_ordinary_is_called_as_it_is(change):
         torch.testing.assert_close(out, step(twin, x, "reference")[0], atol=0, rtol=0)
 
 
+def test_a_layer_that_leaves_autocast_is_not_given_a_cast():
+    """Nor one in another dtype, nor one whose gradient was switched on again."""
+    model = fusedres.CifarResNet(8).to(memory_format=torch.channels_last)
+    block, x = model.layer2[0], torch.randn(2, 3, 32, 32)
+    plain, seen = type(block).forward, []
+
+    class Delicate(type(block)):
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False), torch.enable_grad():
+                out = plain(self, x.float())
+            seen.append((out.dtype, out.requires_grad))
+            return out
+
+    block.__class__ = Delicate
+    step(model, x, "reference")
+    with fusedres.backend("reference"), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(x)
+    assert seen == [(torch.float32, True)] * 2
+
+
+def test_a_weight_that_is_sharded_away_is_left_alone():
+    model = fusedres.CifarResNet(8)
+    weight, x = model.conv1.weight, torch.randn(2, 3, 32, 32)
+    model.conv1.weight = nn.Parameter(torch.empty(0))
+    model.conv1.register_forward_pre_hook(lambda m, _: setattr(m, "weight", weight))
+    out, _, seen = step(model, x, "reference")
+    assert seen.calls["cast_weights"] == 1 and out.isfinite().all()
+
+
 def test_without_autocast_or_a_kernel_nothing_is_cast():
     model = fusedres.CifarResNet(8)
     x = torch.randn(2, 3, 32, 32)

@@ -80,6 +80,24 @@ def test_unfused_layers_say_why():
     assert of(table, "layer2.0.bn1")[0].implementation == "aten"
 
 
+def test_what_no_kernel_has_in_one_pass_is_explained_in_two():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fusedres.plan, "OPS", fusedres.plan.OPS | {"cpu": frozenset(fusedres.plan.BN_OPS)})
+        fusedres.ops.choice.cache_clear()
+        table = fusedres.explain(fusedres.resnet18(), (16, 3, 224, 224))
+        fusedres.ops.choice.cache_clear()
+    at = next(i for i, s in enumerate(table) if s.op == "bn_act")
+    assert table[at].layer == "bn1" and table[at].shape == (16, 64, 112, 112)
+    assert table[at + 1][1:4] == ("max pool", (16, 64, 112, 112), "aten")
+
+
+def test_frozen_batch_norm_in_16_bits():
+    frozen = pytest.importorskip("torchvision", exc_type=ImportError).ops.FrozenBatchNorm2d
+    table = fusedres.explain(fusedres.resnet18(norm_layer=frozen), (16, 3, 224, 224), torch.bfloat16)
+    step = next(s for s in table if s.layer == "layer1.0.bn1")
+    assert step.implementation == "aten" and "promotes" in step.reason
+
+
 def test_a_model_of_another_kind():
     table = fusedres.explain(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), (2, 3, 8, 8))
     assert [(s.layer, s.op, s.implementation) for s in table] == [

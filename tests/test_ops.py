@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -199,6 +201,8 @@ def problem(**facts):
         ({}, {}, "cuda", "first choice on cuda"),
         ({}, {"cuda": "built without CUDA"}, "triton", "built without CUDA"),
         ({"op": "cast_weights"}, {"cuda": "gone"}, "aten", "triton has no kernel for cast_weights"),
+        ({"built_for": ("80", "90a")}, {}, "cuda", "first choice on cuda"),
+        ({"built_for": ("90a",), "capability": (8, 0)}, {}, "triton", "built for 90a, the GPU has .* 8.0"),
         ({"capability": (7, 5)}, {}, "aten", "compute capability 7.5, kernels need 8.0"),
         ({"dtype": "float64"}, {}, "aten", "no kernel for float64"),
         ({"device": "cpu", "capability": None}, {}, "cpu", "first choice on cpu"),
@@ -209,4 +213,20 @@ def problem(**facts):
 def test_plan(facts, unavailable, expected, reason):
     choice = plan.choose(problem(**facts), unavailable)
     assert choice.implementation == expected
-    assert reason in choice.reason
+    assert re.search(reason, choice.reason)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "runs_on"),
+    [
+        ("80", [(8, 0), (8, 6), (9, 0), (12, 0)]),
+        ("86-real", [(8, 6), (8, 9)]),
+        ("90a", [(9, 0)]),
+        ("100f", [(10, 0)]),
+        ("120", [(12, 0)]),
+    ],
+)
+def test_what_an_architecture_covers(architecture, runs_on):
+    gpus = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+    expected = [g for g in gpus if g in runs_on or (architecture == "80" and g >= (8, 0))]
+    assert [g for g in gpus if plan.covers(architecture, g)] == expected

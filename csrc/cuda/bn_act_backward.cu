@@ -4,6 +4,8 @@
 namespace fusedres::cuda {
 namespace {
 
+static_assert(kReduceBlocks <= kMostBlocks);
+
 template <Mask kMask>
 using With = std::integral_constant<Mask, kMask>;
 
@@ -35,8 +37,10 @@ void bn_act_backward_reduce(DType dtype, int64_t rows, int64_t channels, const v
             run(type, width, With<Mask::from_z>{}, branch);
           } else if (!relu) {
             run(type, width, With<Mask::none>{}, branch);
-          } else if constexpr (!branch.value) {  // a branch behind a ReLU has its output stored
+          } else if constexpr (!branch.value) {
             run(type, width, With<Mask::from_x>{}, branch);
+          } else {
+            throw std::invalid_argument("bn_act_backward_reduce of a residual needs z");
           }
         });
       });

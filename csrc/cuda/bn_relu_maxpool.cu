@@ -4,6 +4,8 @@
 namespace fusedres::cuda {
 namespace {
 
+static_assert(kPoolBlocks <= kMostBlocks);
+
 PoolShape pool(const Image& i) {
   if (i.n * i.height * i.width >= int64_t{1} << 31) {
     throw std::invalid_argument("bn_relu_maxpool of " + image(i) + ": 2^31 pixels or more");

@@ -150,11 +150,11 @@ struct Window {
   }
 };
 
-// Walks over the pixels of a strip's output columns, two by two, and calls f(offset, du) for each.
-// Pixel (2i, 2j) lies in window (i, j) alone; one row further down it also lies in window row
-// i + 1, one column further right in window column j + 1.
+// Walks over the pixels of a strip's output columns, two by two, and calls f(offset, du, x) for
+// each; x is only loaded if it isn't null. Pixel (2i, 2j) lies in window (i, j) alone; one row
+// further down it also lies in window row i + 1, one column further right in window column j + 1.
 template <class T, int W, class F>
-__device__ __forceinline__ void for_each_pixel(const T* grad, const uint8_t* index,
+__device__ __forceinline__ void for_each_pixel(const T* grad, const uint8_t* index, const T* x,
                                                const PoolShape& s, const Strip& strip,
                                                int64_t channel, F f) {
   const int left = strip.column;
@@ -165,17 +165,27 @@ __device__ __forceinline__ void for_each_pixel(const T* grad, const uint8_t* ind
   Win here(grad, index, s, strip.top, left), right(grad, index, s, strip.top, left + 1);
 #pragma unroll 1
   for (int y = strip.top; y < strip.bottom; ++y) {
+    const auto has = [&](int k) { return 2 * y + k / 2 < s.height && 2 * left + k % 2 < s.width; };
+    const auto at = [&](int k) {
+      return begin + pixel(2 * y + k / 2, 2 * left + k % 2, s.width, s);
+    };
+    Pack<T, W> xs[4];
+    if (x != nullptr) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (has(k)) xs[k] = load<W>(x + at(k));
+      }
+    }
     const Win below(grad, index, s, y + 1, left), across(grad, index, s, y + 1, left + 1);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int row = 2 * y + k / 2, column = 2 * left + k % 2;
-      if (row >= s.height || column >= s.width) continue;
+      if (!has(k)) continue;
       Pack<float, W> du = {};
       here.add(4 + 3 * (k / 2) + k % 2, du);
       if (k % 2 == 1) right.add(k / 2 == 0 ? 3 : 6, du);
       if (k / 2 == 1) below.add(1 + k % 2, du);
       if (k == 3) across.add(0, du);
-      f(begin + pixel(row, column, s.width, s), du);
+      f(at(k), du, xs[k]);
     }
     here = below;
     right = across;
@@ -192,17 +202,17 @@ __global__ void __launch_bounds__(kThreads, kPoolBlocks)
   float sums[2][W] = {};
   if (p.channel < s.channels) {
     const auto mean = load_row<W>(stats, kMean, s.channels, p.channel);
+    const auto add = [&](int64_t, const Pack<float, W>& du, const Pack<T, W>& pixel) {
+      const auto value = widen(pixel);
+#pragma unroll
+      for (int i = 0; i < W; ++i) {
+        sums[0][i] += du.v[i];
+        sums[1][i] = fmaf(du.v[i], value.v[i] - mean.v[i], sums[1][i]);
+      }
+    };
 #pragma unroll 1
     for (int64_t at = p.row; at < s.places(); at += p.step) {
-      for_each_pixel<T, W>(grad, index, s, Strip(s, static_cast<int>(at)), p.channel,
-                           [&](int64_t offset, const Pack<float, W>& du) {
-                             const auto value = widen(load<W>(x + offset));
-#pragma unroll
-                             for (int i = 0; i < W; ++i) {
-                               sums[0][i] += du.v[i];
-                               sums[1][i] = fmaf(du.v[i], value.v[i] - mean.v[i], sums[1][i]);
-                             }
-                           });
+      for_each_pixel<T, W>(grad, index, x, s, Strip(s, static_cast<int>(at)), p.channel, add);
     }
   }
   float* out = partial + static_cast<int64_t>(blockIdx.y) * 2 * s.channels;
@@ -219,13 +229,14 @@ __global__ void __launch_bounds__(kThreads, kPoolBlocks)
                                  const float* __restrict__ sums, T* __restrict__ dx, PoolShape s) {
   const Place p = place<W>();
   if (p.channel >= s.channels) return;
-  const Gradient<W> of_x(stats, sums, int64_t{s.n} * s.height * s.width, s.channels, p.channel);
+  const int64_t pixels = int64_t{s.n} * s.height * s.width;
+  const Gradient<W> of_x(stats, sums, pixels, s.channels, p.channel);
+  const auto put = [&](int64_t offset, const Pack<float, W>& du, const Pack<T, W>& pixel) {
+    store(dx + offset, narrow<T>(of_x(du, widen(pixel))));
+  };
 #pragma unroll 1
   for (int64_t at = p.row; at < s.places(); at += p.step) {
-    for_each_pixel<T, W>(grad, index, s, Strip(s, static_cast<int>(at)), p.channel,
-                         [&](int64_t offset, const Pack<float, W>& du) {
-                           store(dx + offset, narrow<T>(of_x(du, widen(load<W>(x + offset)))));
-                         });
+    for_each_pixel<T, W>(grad, index, x, s, Strip(s, static_cast<int>(at)), p.channel, put);
   }
 }
 
@@ -237,14 +248,15 @@ __global__ void __launch_bounds__(kThreads, kPoolBlocks)
   const Place p = place<W>();
   if (p.channel >= s.channels) return;
   const auto scale = load_row<W>(stats, kScale, s.channels, p.channel);
+  const auto put = [&](int64_t offset, Pack<float, W> du, const Pack<T, W>&) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) du.v[i] *= scale.v[i];
+    store(dx + offset, narrow<T>(du));
+  };
+  const T* x = nullptr;
 #pragma unroll 1
   for (int64_t at = p.row; at < s.places(); at += p.step) {
-    for_each_pixel<T, W>(grad, index, s, Strip(s, static_cast<int>(at)), p.channel,
-                         [&](int64_t offset, Pack<float, W> du) {
-#pragma unroll
-                           for (int i = 0; i < W; ++i) du.v[i] *= scale.v[i];
-                           store(dx + offset, narrow<T>(du));
-                         });
+    for_each_pixel<T, W>(grad, index, x, s, Strip(s, static_cast<int>(at)), p.channel, put);
   }
 }
 

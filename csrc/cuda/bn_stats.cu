@@ -2,6 +2,8 @@
 #include "launch.cuh"
 
 namespace fusedres::cuda {
+
+static_assert(kStatsBlocks <= kMostBlocks);
 int64_t bn_workspace(DType dtype, int64_t rows, int64_t channels, int quantities,
                      int multiprocessors) {
   return most_row_blocks(dtype, rows, channels, multiprocessors) * quantities * channels;

@@ -20,13 +20,34 @@ __device__ __forceinline__ Sample merge(Sample a, Sample other, float n, float s
   const float delta = other.mean - a.mean;
   return {fmaf(delta, share, a.mean), a.m2 + other.m2 + delta * delta * (n * share)};
 }
-__device__ __forceinline__ float share_of(float other, float n) {
-  return other > 0.0f ? other / (n + other) : 0.0f;
-}
-
-// How many of `rows` the thread that begins at `first` walks over.
-__device__ __forceinline__ int64_t count_of(int64_t rows, int64_t first, int64_t step) {
-  return first < rows ? (rows - first - 1) / step + 1 : 0;
+// Merges the first `some` of R rows into the samples of a thread's channels, of n rows so far.
+template <int W, int R, class T>
+__device__ __forceinline__ void take(Sample (&mine)[W], float& n, const Pack<T, W> (&xs)[R],
+                                     const Pack<float, W>& pivot, int some) {
+  const float each = 1.0f / static_cast<float>(some);
+  const float share = divide(static_cast<float>(some), n + static_cast<float>(some));
+  Pack<float, W> wide[R];
+#pragma unroll
+  for (int k = 0; k < R; ++k) {
+    if (k < some) wide[k] = widen(xs[k]);
+  }
+#pragma unroll
+  for (int i = 0; i < W; ++i) {
+    float y[R], sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < R; ++k) {
+      y[k] = k < some ? wide[k].v[i] - pivot.v[i] : 0.0f;
+      sum += y[k];
+    }
+    Sample sample = {sum * each, 0.0f};
+#pragma unroll
+    for (int k = 0; k < R; ++k) {
+      const float deviation = k < some ? y[k] - sample.mean : 0.0f;
+      sample.m2 = fmaf(deviation, deviation, sample.m2);
+    }
+    mine[i] = merge(mine[i], sample, n, share);
+  }
+  n += static_cast<float>(some);
 }
 
 // partial[block of rows] = (mean, m2) of x - pivot over its rows: reads x once and the pivot,
@@ -46,32 +67,14 @@ __global__ void __launch_bounds__(kThreads, kStatsBlocks)
     for_each_group<R>(p, rows, [&](const Group& group) {
       Pack<T, W> xs[R];
       load_rows<W>(xs, x, channels, p, group);
-      float taken = 0.0f;
+      if (group.has(R - 1)) {
+        take<W, R>(mine, n, xs, pivot, R);
+      } else {
+        int some = 1;
 #pragma unroll
-      for (int k = 0; k < R; ++k) taken += group.has(k) ? 1.0f : 0.0f;
-      const float each = 1.0f / taken, share = taken / (n + taken);
-      Pack<float, W> wide[R];
-#pragma unroll
-      for (int k = 0; k < R; ++k) {
-        if (group.has(k)) wide[k] = widen(xs[k]);
+        for (int k = 1; k < R; ++k) some += group.has(k);
+        take<W, R>(mine, n, xs, pivot, some);
       }
-#pragma unroll
-      for (int i = 0; i < W; ++i) {
-        float y[R], sum = 0.0f;
-#pragma unroll
-        for (int k = 0; k < R; ++k) {
-          y[k] = wide[k].v[i] - pivot.v[i];
-          sum += group.has(k) ? y[k] : 0.0f;
-        }
-        Sample some = {sum * each, 0.0f};
-#pragma unroll
-        for (int k = 0; k < R; ++k) {
-          const float deviation = group.has(k) ? y[k] - some.mean : 0.0f;
-          some.m2 = fmaf(deviation, deviation, some.m2);
-        }
-        mine[i] = merge(mine[i], some, n, share);
-      }
-      n += taken;
     });
   }
 
@@ -85,14 +88,16 @@ __global__ void __launch_bounds__(kThreads, kStatsBlocks)
   sync_block();
   const int width = blockDim.x * W;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * width;
+  // every row of threads has walked over so many rows, and those before `left` over one more
+  const int64_t even = rows / p.step, left = rows % p.step;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * blockDim.y;
   for (int c = thread(); c < width && first + c < channels; c += threads()) {
     Sample all = {0.0f, 0.0f};
     float count = 0.0f;
     for (int y = 0; y < static_cast<int>(blockDim.y); ++y) {
-      const int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + y;
-      const float other = count_of(rows, row, p.step);
+      const float other = static_cast<float>(even + (first_row + y < left));
       const Sample sample = {load_shared(means + y * width + c), load_shared(m2s + y * width + c)};
-      if (other > 0.0f) all = merge(all, sample, count, share_of(other, count));
+      if (other > 0.0f) all = merge(all, sample, count, divide(other, count + other));
       count += other;
     }
     float* out = partial + blockIdx.y * 2 * channels + first + c;
@@ -126,20 +131,33 @@ __global__ void __launch_bounds__(kFinalizeColumns* kFinalizeRows)
                              int64_t channels, float eps) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kFinalizeColumns + threadIdx.x;
   const int64_t step = static_cast<int64_t>(blocks) * height;
+  const int64_t even = rows / step * height, rest = rows % step;
   const auto count_of_block = [&](int block) {
-    const int64_t before = static_cast<int64_t>(block) * height;
-    const int64_t left = rows % step - before;
-    return rows / step * height + (left < 0 ? 0 : left < height ? left : height);
+    const int64_t left = rest - static_cast<int64_t>(block) * height;
+    return static_cast<float>(even + (left < 0 ? 0 : left < height ? left : height));
   };
   Sample mine = {0.0f, 0.0f};
-  int64_t count = 0;
+  float count = 0.0f;
+  constexpr int R = 4;  // in flight
   if (c < channels) {
-    for (int block = threadIdx.y; block < blocks; block += kFinalizeRows) {
-      const float* from = partial + static_cast<int64_t>(block) * 2 * channels + c;
-      const Sample sample = {load(from).v[0], load(from + channels).v[0]};
-      const int64_t other = count_of_block(block);
-      mine = merge(mine, sample, count, share_of(other, count));
-      count += other;
+#pragma unroll 1
+    for (int block = threadIdx.y; block < blocks; block += R * kFinalizeRows) {
+      Sample samples[R];
+#pragma unroll
+      for (int k = 0; k < R; ++k) {
+        const int at = block + k * kFinalizeRows;
+        if (at >= blocks) continue;
+        const float* from = partial + static_cast<int64_t>(at) * 2 * channels + c;
+        samples[k] = {load(from).v[0], load(from + channels).v[0]};
+      }
+#pragma unroll
+      for (int k = 0; k < R; ++k) {
+        const int at = block + k * kFinalizeRows;
+        if (at >= blocks) continue;
+        const float other = count_of_block(at);
+        if (other > 0.0f) mine = merge(mine, samples[k], count, divide(other, count + other));
+        count += other;
+      }
     }
   }
   float* means = shared_array<float, kFinalizeColumns * kFinalizeRows, 0>();
@@ -147,7 +165,7 @@ __global__ void __launch_bounds__(kFinalizeColumns* kFinalizeRows)
   float* counts = shared_array<float, kFinalizeColumns * kFinalizeRows, 2>();
   store_shared(means + thread(), mine.mean);
   store_shared(m2s + thread(), mine.m2);
-  store_shared(counts + thread(), static_cast<float>(count));
+  store_shared(counts + thread(), count);
   sync_block();
   if (threadIdx.y > 0 || c >= channels) return;
   Sample all = mine;
@@ -156,7 +174,7 @@ __global__ void __launch_bounds__(kFinalizeColumns* kFinalizeRows)
     const int at = y * kFinalizeColumns + threadIdx.x;
     const float other = load_shared(counts + at);
     const Sample sample = {load_shared(means + at), load_shared(m2s + at)};
-    if (other > 0.0f) all = merge(all, sample, n, share_of(other, n));
+    if (other > 0.0f) all = merge(all, sample, n, divide(other, n + other));
     n += other;
   }
   const float mean = all.mean + widen(load(x + c)).v[0];

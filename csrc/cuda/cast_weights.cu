@@ -4,12 +4,13 @@
 namespace fusedres::cuda {
 namespace {
 
-// The table is a parameter of the kernel: 32 KB of those are allowed since CUDA 12.1, 4 KB before.
+// The table is a parameter of the kernel, of which there may be so much.
 #if CUDART_VERSION >= 12010
-constexpr int kWeightsPerLaunch = 512;
+constexpr int kWeightsPerLaunch = 512, kParameterBytes = 32764;
 #else
-constexpr int kWeightsPerLaunch = 80;
+constexpr int kWeightsPerLaunch = 72, kParameterBytes = 4096;
 #endif
+static_assert(sizeof(CastTable<kWeightsPerLaunch>) <= kParameterBytes);
 
 bool aligned(const Weight& w) {
   return (reinterpret_cast<uintptr_t>(w.weight) | reinterpret_cast<uintptr_t>(w.cast)) %

@@ -34,6 +34,15 @@ __device__ __forceinline__ float float_of_bits(uint32_t bits) {
 #endif
 }
 
+// a / b to 2 ulps, without the slow path of a rounded division.
+__device__ __forceinline__ float divide(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+
 // From and to float, two 16-bit values at a time where there are two. bfloat16 is widened by
 // integer operations on both together: as two 16-bit registers they would take twice the space.
 template <class T>
@@ -122,6 +131,19 @@ struct Word<1> {
   using type = uint8_t;
 };
 
+// An assignment of 16 bytes the compiler may take apart.
+template <class Bits>
+__device__ __forceinline__ void store_word(Bits* p, const Bits& bits) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Bits) == 16) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(bits.x), "r"(bits.y),
+                 "r"(bits.z), "r"(bits.w));
+    return;
+  }
+#endif
+  *p = bits;
+}
+
 // Global memory: W values at p, which is aligned as Pack<T, W> is.
 template <int W = 1, class T>
 __device__ __forceinline__ Pack<T, W> load(const T* p) {
@@ -146,11 +168,7 @@ __device__ __forceinline__ void store(T* p, const Pack<T, W>& pack) {
   for (int i = 0; i < int(sizeof(pack) / sizeof(Bits)); ++i) {
     const Bits bits = reinterpret_cast<const Bits*>(&pack)[i];
     Bits* const to = reinterpret_cast<Bits*>(p) + i;
-#if defined(__CUDA_ARCH__)
-    __stwb(to, bits);  // an assignment the compiler may take apart
-#else
-    *to = bits;
-#endif
+    store_word(to, bits);
   }
 }
 

@@ -6,14 +6,15 @@
 
 namespace fusedres::cuda {
 
-constexpr int kPoolInFlight = 4;
+constexpr int kMeanInFlight = 4;
+constexpr int kMeanBlocks = 3;
 
 // One block of rows for an image: reads x, writes the means.
 template <class T, int W>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kMeanBlocks)
     global_avg_pool_kernel(const T* __restrict__ x, T* __restrict__ out, int64_t pixels,
                            int64_t channels) {
-  constexpr int R = kPoolInFlight;
+  constexpr int R = kMeanInFlight;
   Place p = place<W>();
   p.row = threadIdx.y;
   p.step = blockDim.y;
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 // One block of rows for an image: reads the gradients of the means once, writes dx.
 template <class T, int W>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kMeanBlocks)
     global_avg_pool_backward_kernel(const T* __restrict__ grad, T* __restrict__ dx, int64_t pixels,
                                     int64_t channels) {
   const Place p = place<W>();

@@ -68,9 +68,10 @@ inline Grid over_rows(int64_t rows, int64_t columns, int in_flight, int blocks_p
           dim3(static_cast<unsigned>(x), static_cast<unsigned>(y))};
 }
 
-// The most row blocks that over_rows gives such a matrix, whatever a kernel has in flight.
+// The most row blocks that over_rows gives such a matrix, whatever a kernel has in flight; a kernel
+// that sums has at most so many blocks on a multiprocessor.
+constexpr int kMostBlocks = 3;
 inline int64_t most_row_blocks(DType dtype, int64_t rows, int64_t channels, int multiprocessors) {
-  constexpr int kMostBlocks = 3;
   const int64_t width = kAccessBytes / (dtype == DType::float32 ? 4 : 2);
   unsigned most = 0;
   for (const int64_t columns : {channels, divide_up(channels, width)}) {
@@ -84,7 +85,7 @@ inline Grid over_channels(int64_t channels) {
   return {dim3(static_cast<unsigned>(divide_up(channels, kThreads))), dim3(kThreads)};
 }
 
-// A block of kFinalizeRows threads for every channel.
+// kFinalizeRows threads for every channel.
 inline Grid over_partial_results(int64_t channels) {
   return {dim3(static_cast<unsigned>(divide_up(channels, kFinalizeColumns))),
           dim3(kFinalizeColumns, kFinalizeRows)};

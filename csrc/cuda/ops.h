@@ -84,7 +84,7 @@ struct Weight {
   void* cast;
   int64_t outer, inner, taps;
 };
-// All weights in 16 bits, in one launch (for 512 of them; 80 if compiled with CUDA 12.0 or older).
+// All weights in 16 bits, in one launch (for 512 of them; 72 if compiled with CUDA 12.0 or older).
 void cast_weights(DType, const Weight* weights, int64_t number, Device);
 
 }  // namespace fusedres::cuda

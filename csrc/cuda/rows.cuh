@@ -15,6 +15,7 @@ constexpr int kColumns = 32;
 // Of a kernel that puts the results of all blocks together.
 constexpr int kFinalizeColumns = 32;
 constexpr int kFinalizeRows = 8;
+static_assert(kFinalizeColumns * kFinalizeRows <= kThreads);
 
 // blockDim = (columns, rows), gridDim = (blocks of columns, blocks of rows).
 struct Place {

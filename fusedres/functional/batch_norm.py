@@ -38,8 +38,8 @@ class BatchNorm(NamedTuple):
         """The per-channel vectors that normalise ``x``; updates the running ones when training."""
         with torch.no_grad():
             dtype = ops.stats_dtype(x)
-            weight = None if self.weight is None else self.weight.to(dtype)
-            bias = None if self.bias is None else self.bias.to(dtype)
+            weight = None if self.weight is None else self.weight.to(dtype).contiguous()
+            bias = None if self.bias is None else self.bias.to(dtype).contiguous()
             if not self.training:
                 return _OPS.bn_running_stats(self.running_mean, self.running_var, weight, bias, self.eps)  # type: ignore[no-any-return]
             stats: Tensor = _OPS.bn_stats(x, weight, bias, self.eps)

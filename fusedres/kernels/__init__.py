@@ -19,6 +19,16 @@ def load(name: str) -> ModuleType:
 
 
 @functools.cache
+def cuda_architectures() -> tuple[str, ...]:
+    """What the CUDA kernels were compiled for; empty if there are none."""
+    try:
+        from fusedres import _C
+    except ImportError:
+        return ()
+    return tuple(map(str, _C.cuda_archs))
+
+
+@functools.cache
 def unavailable() -> dict[str, str]:
     """Implementation name -> why it can't be loaded here."""
     why = {}

@@ -29,9 +29,14 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _launch(function: Callable[..., None], x: Tensor, *arguments: Any) -> None:
     """Call a launcher on the current stream of the device of ``x``."""
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        function(*arguments, _multiprocessors(x.device), stream)
+    device = x.device
+    # as Triton finds it: a Stream object costs more than the launch
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    if device.index == torch.cuda.current_device():
+        function(*arguments, _multiprocessors(device), stream)
+        return
+    with torch.cuda.device(device):
+        function(*arguments, _multiprocessors(device), stream)
 
 
 def _matrix(x: Tensor) -> tuple[str, int, int]:

@@ -65,10 +65,22 @@ def _castable(conv: nn.Conv2d, device: torch.device) -> bool:
     return (
         type(weight) is nn.Parameter
         and weight.dtype == torch.float32
+        and weight.dim() == 4
+        and weight.numel() > 0
         and weight.device == device
         and conv.bias is None
         and conv.padding_mode == "zeros"
         and altered(conv) is None
+    )
+
+
+def _is_what_autocast_would_take(cast: Tensor, conv: Any, x: Tensor) -> bool:
+    """Whether autocast and grad mode are here as where the cast was made."""
+    device = x.device.type
+    return (
+        torch.is_autocast_enabled(device)
+        and torch.get_autocast_dtype(device) == cast.dtype
+        and (cast.requires_grad or not (torch.is_grad_enabled() and conv.weight.requires_grad))
     )
 
 
@@ -77,7 +89,7 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return conv(x)  # type: ignore[no-any-return]
     weight = _casts.of.get(id(conv))
-    if weight is None:
+    if weight is None or not _is_what_autocast_would_take(weight, conv, x):
         return conv(x)  # type: ignore[no-any-return]
     settings: Any = conv
     return F.conv2d(

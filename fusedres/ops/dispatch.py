@@ -55,6 +55,7 @@ def choice(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> pl
         dtype=str(dtype).removeprefix("torch."),
         capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
         interpreted=os.environ.get("TRITON_INTERPRET") == "1",
+        built_for=kernels.cuda_architectures(),
     )
     return plan.choose(problem, kernels.unavailable(), forced)
 
