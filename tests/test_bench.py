@@ -263,10 +263,11 @@ def test_the_peak_counts_what_is_held_at_once() -> None:
 
 
 def test_page_faults_are_those_of_the_step() -> None:
-    page, size = 4096, 64 << 20
+    page, size = 4096, 256 << 20
     touch = {"touch": lambda: torch.ones(size, dtype=torch.uint8)}
     faults = measure.interleave(touch, 3, 1, CPU, "")["touch"].median_faults
-    # 64 MiB come fresh from the system every time, in huge pages where it has them
+    # more than malloc keeps for itself: it comes fresh from the system every time, in huge pages where it
+    # has them
     assert faults is not None
     assert 0 < faults < 2 * size / page
 

@@ -64,6 +64,7 @@ def test_another_device_than_this_machines():
     """Without the device the plan still says what its rules give."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        patch.setattr(kernels, "unavailable", dict)
         fusedres.ops.choice.cache_clear()
         table = fusedres.explain(fusedres.resnet18(), (8, 3, 64, 64), torch.float16, "cuda")
         fusedres.ops.choice.cache_clear()
