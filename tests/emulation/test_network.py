@@ -48,6 +48,25 @@ def test_bn_act(cuda, dtype, layout, poisoned):
             Case(shape, dtype, layout, residual=False, **settings).check()
 
 
+def test_nothing_at_all(cuda):
+    """An empty batch launches nothing; statistics of it are left alone."""
+    from emulation.cuda_on_cpu import module
+
+    module().reset()
+    x = torch.randn(0, 16, 8, 8, requires_grad=True)
+    parameters = torch.ones(16), torch.zeros(16)
+    statistics = torch.zeros(16), torch.ones(16)
+    pooled = fusedres.functional.bn_relu_maxpool(x, *parameters, *statistics, training=True)
+    z = fusedres.functional.bn_act(pooled, *parameters, *statistics, residual=pooled, training=True)
+    out = fusedres.functional.global_avg_pool(z)
+    out.sum().backward()
+    assert out.shape == (0, 16, 1, 1) and x.grad.shape == x.shape
+    assert torch.equal(statistics[0], torch.zeros(16)) and torch.equal(statistics[1], torch.ones(16))
+    assert module().launches() == []
+    with pytest.raises(ValueError, match="an activation must not be empty"):
+        module().cuda_bn_stats("float32", 0, 16, 8, 0, 0, 1e-5, 8, 8, 2, 0)
+
+
 def step(model: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Loss, gradients and buffers of a training step in ``dtype``: by autocast in bfloat16."""
     model = copy.deepcopy(model).train()
