@@ -91,7 +91,7 @@ class Problem:
         """What the rows of stats are added up from; PyTorch's own sums on a CPU are float64 inside."""
         # kernels sum x - one of its values, so that a mean far from 0 costs no digits
         shifted = self.x.float() - self.x[:1, :, :1, :1].float()
-        return [_largest(shifted), *(4 * _largest(row) for row in self.stats[1:])]
+        return [_largest(shifted), *(3 * _largest(row) for row in self.stats[1:])]
 
     def sums_terms(self, residual: str) -> list[float]:
         """The same for dbias and dweight: row after row, each with a rounding of random sign."""

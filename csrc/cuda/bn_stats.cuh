@@ -1,7 +1,7 @@
 // Mean and variance of every channel, and what follows from them. A thread keeps a running (count,
 // mean, sum of squared deviations) for each of its channels; samples are merged by Chan's formula
-// in a fixed order: rows of a thread, rows of a block, blocks. Never E[x^2] - E[x]^2. All of it is
-// of x - pivot, the first row of x, so that a mean far from 0 costs no digits.
+// in a fixed order: rows of a thread, threads of a block, blocks. Never E[x^2] - E[x]^2. All of it
+// is of x - pivot, the first row of x, so that a mean far from 0 costs no digits.
 #pragma once
 
 #include "rows.cuh"
@@ -80,29 +80,34 @@ __global__ void __launch_bounds__(kThreads, kStatsBlocks)
 
   float* means = shared_array<float, kThreads * W, 0>();
   float* m2s = shared_array<float, kThreads * W, 1>();
+  float* counts = shared_array<float, kThreads, 2>();
+  const auto tell = [&] {
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      store_shared(means + i * kThreads + thread(), mine[i].mean);
+      store_shared(m2s + i * kThreads + thread(), mine[i].m2);
+    }
+    store_shared(counts + thread(), n);
+  };
+  tell();
+  merge_rows([&](int other) {
+    const float more = load_shared(counts + other);
+    if (more == 0.0f) return;
+    const float share = divide(more, n + more);
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      const int at = i * kThreads + other;
+      mine[i] = merge(mine[i], {load_shared(means + at), load_shared(m2s + at)}, n, share);
+    }
+    n += more;
+    tell();
+  });
+  if (threadIdx.y > 0 || p.channel >= channels) return;
+  float* out = partial + static_cast<int64_t>(blockIdx.y) * 2 * channels + p.channel;
 #pragma unroll
   for (int i = 0; i < W; ++i) {
-    store_shared(means + thread() * W + i, mine[i].mean);
-    store_shared(m2s + thread() * W + i, mine[i].m2);
-  }
-  sync_block();
-  const int width = blockDim.x * W;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * width;
-  // every row of threads has walked over so many rows, and those before `left` over one more
-  const int64_t even = rows / p.step, left = rows % p.step;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.y) * blockDim.y;
-  for (int c = thread(); c < width && first + c < channels; c += threads()) {
-    Sample all = {0.0f, 0.0f};
-    float count = 0.0f;
-    for (int y = 0; y < static_cast<int>(blockDim.y); ++y) {
-      const float other = static_cast<float>(even + (first_row + y < left));
-      const Sample sample = {load_shared(means + y * width + c), load_shared(m2s + y * width + c)};
-      if (other > 0.0f) all = merge(all, sample, count, divide(other, count + other));
-      count += other;
-    }
-    float* out = partial + blockIdx.y * 2 * channels + first + c;
-    store(out, Pack<float, 1>{all.mean});
-    store(out + channels, Pack<float, 1>{all.m2});
+    store(out + i, Pack<float, 1>{mine[i].mean});
+    store(out + channels + i, Pack<float, 1>{mine[i].m2});
   }
 }
 
@@ -163,22 +168,23 @@ __global__ void __launch_bounds__(kFinalizeColumns* kFinalizeRows)
   float* means = shared_array<float, kFinalizeColumns * kFinalizeRows, 0>();
   float* m2s = shared_array<float, kFinalizeColumns * kFinalizeRows, 1>();
   float* counts = shared_array<float, kFinalizeColumns * kFinalizeRows, 2>();
-  store_shared(means + thread(), mine.mean);
-  store_shared(m2s + thread(), mine.m2);
-  store_shared(counts + thread(), count);
-  sync_block();
+  const auto tell = [&] {
+    store_shared(means + thread(), mine.mean);
+    store_shared(m2s + thread(), mine.m2);
+    store_shared(counts + thread(), count);
+  };
+  tell();
+  merge_rows([&](int other) {
+    const float more = load_shared(counts + other);
+    if (more == 0.0f) return;
+    const Sample sample = {load_shared(means + other), load_shared(m2s + other)};
+    mine = merge(mine, sample, count, divide(more, count + more));
+    count += more;
+    tell();
+  });
   if (threadIdx.y > 0 || c >= channels) return;
-  Sample all = mine;
-  float n = count;
-  for (int y = 1; y < kFinalizeRows; ++y) {
-    const int at = y * kFinalizeColumns + threadIdx.x;
-    const float other = load_shared(counts + at);
-    const Sample sample = {load_shared(means + at), load_shared(m2s + at)};
-    if (other > 0.0f) all = merge(all, sample, n, divide(other, n + other));
-    n += other;
-  }
-  const float mean = all.mean + widen(load(x + c)).v[0];
-  put_stats(stats, weight, bias, mean, all.m2 / rows, eps, c, channels);
+  const float mean = mine.mean + widen(load(x + c)).v[0];
+  put_stats(stats, weight, bias, mean, mine.m2 / rows, eps, c, channels);
 }
 
 // stats from the running mean and variance: reads 4C floats, writes 5C

@@ -70,27 +70,41 @@ __device__ __forceinline__ float affine(float x, float scale, float shift) {
 __device__ __forceinline__ int thread() { return threadIdx.y * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int threads() { return blockDim.x * blockDim.y; }
 
-// Adds up each of K quantities over the rows of the block, in their order, and calls
+// Puts the block's rows of threads together, half of them into the other half until one is left:
+// calls take(thread) for the one to take in. Before, every thread has stored what it has where
+// others find it; take stores again what its thread then has.
+template <class Take>
+__device__ __forceinline__ void merge_rows(Take take) {
+  for (int rows = blockDim.y; rows > 1;) {
+    const int half = (rows + 1) / 2;
+    sync_block();
+    if (static_cast<int>(threadIdx.y) < rows - half) take(thread() + half * blockDim.x);
+    rows = half;
+  }
+}
+
+// Adds up each of K quantities over the rows of the block, in a fixed order, and calls
 // put(k, channel, sum) for the block's channels. Every thread of the block has to come.
 template <int W, int K, class Put>
-__device__ __forceinline__ void sum_over_rows(const float (&mine)[K][W], int64_t channels,
-                                              Put put) {
+__device__ __forceinline__ void sum_over_rows(float (&mine)[K][W], int64_t channels, Put put) {
   float* all = shared_array<float, kThreads * W>();
-  const int width = blockDim.x * W;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * width;
+  const int64_t channel = place<W>().channel;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     if (k > 0) sync_block();
+    const auto tell = [&] {
 #pragma unroll
-    for (int i = 0; i < W; ++i) store_shared(all + thread() * W + i, mine[k][i]);
-    sync_block();
-    for (int c = thread(); c < width && first + c < channels; c += threads()) {
-      float sum = 0.0f;
-      for (int y = 0; y < static_cast<int>(blockDim.y); ++y) {
-        sum += load_shared(all + y * width + c);
-      }
-      put(k, first + c, sum);
-    }
+      for (int i = 0; i < W; ++i) store_shared(all + i * kThreads + thread(), mine[k][i]);
+    };
+    tell();
+    merge_rows([&](int other) {
+#pragma unroll
+      for (int i = 0; i < W; ++i) mine[k][i] += load_shared(all + i * kThreads + other);
+      tell();
+    });
+    if (threadIdx.y > 0 || channel >= channels) continue;
+#pragma unroll
+    for (int i = 0; i < W; ++i) put(k, channel + i, mine[k][i]);
   }
 }
 
