@@ -86,6 +86,29 @@ def test_index_and_maximum_are_torchs_of_the_stored_activation(implementation, d
     assert (index == NOWHERE).any() and (index != NOWHERE).any()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_behind_batch_statistics(implementation, dtype, layout, poisoned):
+    """The gradient of the places that the forward has kept, in 16 bits too, where maxima tie."""
+    for shape in ((2, 24, 13, 10), (1, 5, 7, 9)):
+        x = torch.randn(shape).to(dtype).to(memory_format=LAYOUTS[layout])
+        weight, bias = torch.randn(2, shape[1])
+        with fusedres.backend("reference"):
+            stats = OPS.bn_stats(x, weight, bias, 1e-5)
+            z, index = OPS.bn_relu_maxpool(x, stats)
+            grad = torch.randn_like(z.float()).to(dtype)
+            wide = (grad.double(), index, x.double(), stats.double())
+            exact = OPS.bn_relu_maxpool_backward_reduce(*wide)
+            eager = OPS.bn_relu_maxpool_backward_reduce(grad, index, x, stats)
+            exact_dx = OPS.bn_relu_maxpool_backward_apply(*wide, eager.double())
+            eager_dx = OPS.bn_relu_maxpool_backward_apply(grad, index, x, stats, eager)
+        sums = OPS.bn_relu_maxpool_backward_reduce(grad, index, x, stats)
+        size = grad.double().abs().sum((0, 2, 3)).max().item()
+        assert_close_to_reference(sums, eager, exact, terms=size, name="sums")
+        dx = OPS.bn_relu_maxpool_backward_apply(grad, index, x, stats, eager)
+        assert_close_to_reference(dx, eager_dx, exact_dx, name="dx")
+
+
 def test_nan_and_inf(implementation):
     """The largest value is +inf or the last NaN of a window, as torch's; gradients go where torch's go."""
     for value, training in itertools.product([float("nan"), float("inf"), -float("inf")], [True, False]):
