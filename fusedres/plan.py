@@ -40,7 +40,8 @@ OPS = {
     "cuda": frozenset(ALL_OPS),
 }
 DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
-# in the order of preference on a device; a CUDA kernel takes less time to launch than Triton's
+# in the order of preference on a device: CUDA first, since
+# less Python stands before its launch
 CANDIDATES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 # Values of an activation from which a CPU kernel pays: below, the call costs more than it saves, since
 # PyTorch's second pass finds a small tensor in the cache. From whole steps of ResNet-18 and 50 at batch

@@ -29,6 +29,7 @@ CUDA = ROOT / "csrc" / "cuda"
 OWN = [HERE / "module.cpp", HERE / "emulation.cpp", HERE / "memory.cpp"]
 HEADERS = ["cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h", "crt/host_config.h"]
 JOBS = 2
+SKIPPED = 77  # exit status where nothing can be built, as automake has it
 
 FLAGS = [
     *("-x", "c++", "-std=c++17", "-fPIC", "-fvisibility=hidden"),
@@ -168,5 +169,6 @@ if __name__ == "__main__":
     if sys.argv[1:] != ["--env"]:
         raise SystemExit(__doc__)
     if why_not := unavailable():
-        raise SystemExit(why_not)
+        print(f"the emulated CUDA kernels are not tested: {why_not}", file=sys.stderr)
+        raise SystemExit(SKIPPED)
     print(*(f"{name}={value}" for name, value in environment().items()))
