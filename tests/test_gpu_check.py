@@ -116,7 +116,7 @@ def _places(t: list[torch.Tensor]) -> None:
     ids=lambda p: getattr(p, "__name__", None),
 )
 def test_the_gate_sees_a_wrong_result(spoil, output):
-    reference = [torch.ones(4, 8, 6, 6), torch.ones(2, 8), torch.zeros(4, 8, 3, 3, dtype=torch.uint8)]
+    reference = [torch.ones(4, 8, 6, 6), torch.ones(4, 8), torch.zeros(4, 8, 3, 3, dtype=torch.uint8)]
 
     def run():
         results = [t.clone() for t in reference]

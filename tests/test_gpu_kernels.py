@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import fusedres
 from fusedres.functional import BatchNorm
-from fusedres.kernels.rows import DBIAS, DWEIGHT, MEAN, RSTD, SCALE, SHIFT, VAR
+from fusedres.kernels.rows import DBIAS, DWEIGHT, MEAN, OFFSET, RSTD, SCALE, SHIFT, SLOPE, VAR
 
 pytestmark = [
     # numpy, as it interprets
@@ -94,15 +94,20 @@ class Problem:
         return [_largest(shifted), *(3 * _largest(row) for row in self.stats[1:])]
 
     def sums_terms(self, residual: str) -> list[float]:
-        """The same for dbias and dweight: row after row, each with a rounding of random sign."""
+        """The same for the rows of sums: row after row, each with a rounding of random sign."""
         rows = self.x.numel() // self.x.shape[1]
         du = torch.where(self.z[residual] <= 0, 0.0, self.grad).float()
         terms = []
         for t, stats in ((self.x, self.stats), self.branch(residual)):
             if t is not None and stats is not None:
                 normalized = (t.float() - _vector(stats[MEAN])) * _vector(stats[RSTD])
-                for each in (self.grad.float(), du * normalized):
-                    terms.append(0.5 * rows**0.5 * _largest(torch.linalg.vector_norm(each, dim=(0, 2, 3))))
+                norms = [
+                    torch.linalg.vector_norm(each, dim=(0, 2, 3))
+                    for each in (self.grad.float(), du * normalized)
+                ]
+                per_value = stats[SCALE] / rows
+                norms += [per_value * stats[RSTD] * norms[1], per_value * norms[0]]
+                terms += [0.5 * rows**0.5 * _largest(norm) for norm in norms]
         return terms
 
     def double(self) -> Problem:
@@ -243,8 +248,9 @@ def test_zero_weight() -> None:
     assert not problem.stats[SCALE].any()
     for residual in ("plain", "normalised"):
         compare_reduce(problem, residual, True)
-    _, sums, residual_sums = backward_reduce(problem, "normalised", False)
-    assert sums[DWEIGHT].all() and residual_sums[DWEIGHT].all()
+    _, problem.sums, problem.residual_sums = backward_reduce(problem, "normalised", False)
+    for sums in (problem.sums, problem.residual_sums):
+        assert sums[DWEIGHT].all() and not sums[SLOPE].any() and not sums[OFFSET].any()
     assert not any(gradient.any() for gradient in apply(problem, "normalised", False))
 
 

@@ -129,7 +129,7 @@ class TestCompiledModule:
         from fusedres import _C
 
         needed = subprocess.run(["ldd", _C.__file__], capture_output=True, text=True, check=True).stdout
-        assert "torch" not in needed and "c10" not in needed and "libcudart" not in needed
+        assert "libtorch" not in needed and "libc10" not in needed and "libcudart" not in needed
         assert b"at::Tensor" not in Path(_C.__file__).read_bytes()
 
     def test_loads_without_torch(self):

@@ -31,40 +31,16 @@ struct Gradient {
   }
 };
 
-// The slopes and offsets of all channels, out of sums; nothing where there are none.
-class Gradients {
- public:
-  Gradients(const Shape& s, const float* stats, const float* sums)
-      : channels_(s.c), stats_(stats), memory_(buffer<float>(sums == nullptr ? 0 : 2 * s.c)) {
-    if (sums == nullptr) return;
-    const double per_value = -1.0 / static_cast<double>(s.count());
-    for (int64_t c = 0; c < s.c; ++c) {
-      const double scale = stats[kScale * s.c + c] * per_value;
-      memory_[c] = static_cast<float>(scale * stats[kRstd * s.c + c] * sums[kDweight * s.c + c]);
-      memory_[s.c + c] = static_cast<float>(scale * sums[kDbias * s.c + c]);
-    }
+template <bool kBatch, class At>
+inline Gradient<kBatch> gradient(const float* stats, const float* sums, int64_t channels, int64_t c,
+                                 At at) {
+  const Vec scale = load(stats + kScale * channels + c, at);
+  if constexpr (kBatch) {
+    return {scale, mean(stats, channels, c, at), load(sums + kSlope * channels + c, at),
+            load(sums + kOffset * channels + c, at)};
   }
-
-  struct View {
-    int64_t channels;
-    const float *stats, *slope;
-    template <bool kBatch, class At>
-    Gradient<kBatch> at(int64_t c, At at) const {
-      const Vec scale = load(stats + kScale * channels + c, at);
-      if constexpr (kBatch) {
-        return {scale, mean(stats, channels, c, at), load(slope + c, at),
-                load(slope + channels + c, at)};
-      }
-      return {scale, scale, scale, scale};
-    }
-  };
-  View view() const { return {channels_, stats_, memory_.get()}; }
-
- private:
-  int64_t channels_;
-  const float* stats_;
-  Buffer<float> memory_;
-};
+  return {scale, scale, scale, scale};
+}
 
 // The columns' sums of [chunks, n] partial sums, chunk by chunk in double.
 inline Buffer<double> add_chunks(const float* partial, int64_t chunks, int64_t n) {
@@ -77,11 +53,16 @@ inline Buffer<double> add_chunks(const float* partial, int64_t chunks, int64_t n
 }
 
 // sums out of the totals of du and of du * (x - mean).
-inline void write_sums(int64_t channels, const double* dbias, const double* dweight,
+inline void write_sums(const Shape& s, const double* dbias, const double* product,
                        const float* stats, float* sums) {
-  for (int64_t c = 0; c < channels; ++c) {
-    sums[kDbias * channels + c] = static_cast<float>(dbias[c]);
-    sums[kDweight * channels + c] = static_cast<float>(dweight[c] * stats[kRstd * channels + c]);
+  const double per_value = -1.0 / static_cast<double>(s.count());
+  for (int64_t c = 0; c < s.c; ++c) {
+    const double scale = stats[kScale * s.c + c] * per_value, rstd = stats[kRstd * s.c + c];
+    const double dweight = product[c] * rstd;
+    sums[kDbias * s.c + c] = static_cast<float>(dbias[c]);
+    sums[kDweight * s.c + c] = static_cast<float>(dweight);
+    sums[kSlope * s.c + c] = static_cast<float>(scale * rstd * dweight);
+    sums[kOffset * s.c + c] = static_cast<float>(scale * dbias[c]);
   }
 }
 

@@ -123,8 +123,8 @@ struct Reduce {
     s.planes ? planes<kMask, kResidual>(partial.get()) : rows<kMask, kResidual>(partial.get());
     const Buffer<double> totals = add_chunks(partial.get(), chunks, n);
     const double* dbias = totals.get();
-    write_sums(s.c, dbias, dbias + s.c, stats, sums);
-    if (kResidual) write_sums(s.c, dbias, dbias + 2 * s.c, residual_stats, residual_sums);
+    write_sums(s, dbias, dbias + s.c, stats, sums);
+    if (kResidual) write_sums(s, dbias, dbias + 2 * s.c, residual_stats, residual_sums);
   }
 };
 
@@ -132,21 +132,19 @@ template <class T>
 struct Apply {
   Shape s;
   const T *grad, *x;
-  const float* stats;
-  Gradients::View dx_of;
+  const float *stats, *sums;
   const T* residual;
-  Gradients::View dresidual_of;
+  const float *residual_stats, *residual_sums;
   T *dx, *dresidual;
   int threads;
 
   template <Mask kMask, bool kBatch, bool kResidual, bool kResidualBatch>
   void run() const {
-    // without a residual its view is empty
-    const Gradients::View of_residual = kResidual ? dresidual_of : dx_of;
+    const float* of_residual = kResidual ? residual_stats : stats;
     for_each_value(s, threads, [=, *this](int64_t c, auto at, auto each) {
       const Affine forward = affine(stats, s.c, c, at);
-      const auto to_dx = dx_of.at<kBatch>(c, at);
-      const auto to_dresidual = of_residual.at<kResidualBatch>(c, at);
+      const auto to_dx = gradient<kBatch>(stats, sums, s.c, c, at);
+      const auto to_dresidual = gradient<kResidualBatch>(of_residual, residual_sums, s.c, c, at);
       each([&](int64_t i, auto lanes) {
         const Vec xv = kBatch || kMask == Mask::from_x ? load(x + i, lanes) : set(0.0f);
         const Vec du = mask<kMask, T>(load(grad + i, lanes), xv, xv, forward);
@@ -194,16 +192,16 @@ void bn_act_backward_apply(DType dtype, Shape s, const void* grad, const void* x
                            const float* stats, const float* sums, const void* residual,
                            const float* residual_stats, const float* residual_sums, bool relu,
                            void* dx, void* dresidual, int threads) {
-  const Gradients of_x(s, stats, sums), of_residual(s, residual_stats, residual_sums);
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Apply<T> apply{s,
                          static_cast<const T*>(grad),
                          static_cast<const T*>(x),
                          stats,
-                         of_x.view(),
+                         sums,
                          static_cast<const T*>(residual),
-                         of_residual.view(),
+                         residual_stats,
+                         residual_sums,
                          static_cast<T*>(dx),
                          static_cast<T*>(dresidual),
                          threads};

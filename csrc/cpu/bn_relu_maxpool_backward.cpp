@@ -117,18 +117,19 @@ struct Reduce {
     const Buffer<float> partial = buffer<float>(number * 2 * s.c);  // [number][dbias, dweight][C]
     s.planes ? planes(partial.get()) : rows(partial.get());
     const Buffer<double> totals = add_chunks(partial.get(), number, 2 * s.c);
-    write_sums(s.c, totals.get(), totals.get() + s.c, stats, sums);
+    write_sums(s.shape(), totals.get(), totals.get() + s.c, stats, sums);
   }
 };
 
 template <bool kBatch, class T>
-void apply(const Unpool<T>& unpool, const T* x, Gradients::View dx_of, T* dx, int threads) {
-  const int64_t oh = unpool.s.oh();
+void apply(const Unpool<T>& unpool, const T* x, const float* stats, const float* sums, T* dx,
+           int threads) {
+  const int64_t channels = unpool.s.c, oh = unpool.s.oh();
   parallel_for(unpool.d.parts * oh, threads, [=](int64_t i) {
     unpool.rows(i / oh, i % oh, [=](const auto& place, int64_t row, Pair du) {
-      const auto gradient = dx_of.at<kBatch>(place.channel, place.across());
+      const auto to_dx = gradient<kBatch>(stats, sums, channels, place.channel, place.across());
       const Pair v = kBatch ? place.load_pixels(x + row) : du;
-      place.store_pixels(dx + row, {gradient(du.even, v.even), gradient(du.odd, v.odd)});
+      place.store_pixels(dx + row, {to_dx(du.even, v.even), to_dx(du.odd, v.odd)});
     });
   });
 }
@@ -147,12 +148,11 @@ void bn_relu_maxpool_backward_reduce(DType dtype, Image s, const void* grad, con
 void bn_relu_maxpool_backward_apply(DType dtype, Image s, const void* grad, const uint8_t* index,
                                     const void* x, const float* stats, const float* sums, void* dx,
                                     int threads) {
-  const Gradients of_x(s.shape(), stats, sums);
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Unpool<T> unpool{s, Strides{s}, static_cast<const T*>(grad), index};
     with_flag(sums != nullptr, [&](auto batch) {
-      apply<batch.value>(unpool, static_cast<const T*>(x), of_x.view(), static_cast<T*>(dx),
+      apply<batch.value>(unpool, static_cast<const T*>(x), stats, sums, static_cast<T*>(dx),
                          threads);
     });
   });

@@ -2,7 +2,8 @@
 // the choice of the best that this processor runs.
 //
 // Activations come as bare pointers to float32, bfloat16 or float16 in one of two layouts. stats is
-// [5, C] (mean, biased variance, rstd, scale, shift) and sums [2, C] (dbias, dweight), float32.
+// [5, C] (mean, biased variance, rstd, scale, shift) and sums [4, C] (dbias, dweight, slope,
+// offset), float32; see fusedres/kernels/rows.py.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +29,7 @@ struct Image {
 };
 
 enum StatsRow : int { kMean, kVar, kRstd, kScale, kShift };
-enum SumsRow : int { kDbias, kDweight };
+enum SumsRow : int { kDbias, kDweight, kSlope, kOffset };
 // The index of a window without a value above 0; elsewhere 3 * row + column of its maximum.
 constexpr int kNowhere = 9;
 
@@ -44,17 +45,18 @@ struct Kernels {
   void (*bn_act)(DType, Shape, const void* x, const float* stats, const void* residual,
                  const float* residual_stats, bool relu, void* z, int threads);
 
-  // sums of du and du * (x - mean) * rstd, where du = grad behind the ReLU. Without z: grad, x ->
-  // 2C floats, the ReLU's mask computed again from x. With z: grad, z, x -> du and 2C floats. With
-  // a residual (that was normalised) that is read too, for 2C floats of its own.
+  // sums of du and du * (x - mean) * rstd, where du = grad behind the ReLU, and the slope and
+  // offset of dx. Without z: grad, x -> 4C floats, the ReLU's mask computed again from x. With z:
+  // grad, z, x -> du and 4C floats. With a residual (that was normalised) that is read too, for 4C
+  // floats of its own.
   void (*bn_act_backward_reduce)(DType, Shape, const void* grad, const void* x, const void* z,
                                  const float* stats, const void* residual,
                                  const float* residual_stats, bool relu, void* du, float* sums,
                                  float* residual_sums, int threads);
 
-  // dx = scale * (du - dbias / M - (x - mean) * rstd * dweight / M): grad, x -> dx; without sums
-  // (fixed statistics) dx = scale * du. With a residual likewise dresidual: du, x, residual -> dx,
-  // dresidual. dx may be grad.
+  // dx = scale * du + slope * (x - mean) + offset: grad, x -> dx; without sums (fixed statistics)
+  // dx = scale * du. With a residual likewise dresidual: du, x, residual -> dx, dresidual. dx may
+  // be grad.
   void (*bn_act_backward_apply)(DType, Shape, const void* grad, const void* x, const float* stats,
                                 const float* sums, const void* residual,
                                 const float* residual_stats, const float* residual_sums, bool relu,
@@ -65,7 +67,7 @@ struct Kernels {
                           int threads);
 
   // bn_act_backward_reduce and _apply where du is, in every pixel, the sum of the gradients of the
-  // windows that it is the maximum of: grad, index, x -> 2C floats; grad, index, x -> dx
+  // windows that it is the maximum of: grad, index, x -> 4C floats; grad, index, x -> dx
   void (*bn_relu_maxpool_backward_reduce)(DType, Image, const void* grad, const uint8_t* index,
                                           const void* x, const float* stats, float* sums,
                                           int threads);

@@ -27,7 +27,7 @@ void bn_act_backward_reduce(DType dtype, int64_t rows, int64_t channels, const v
            channels);
     launch("bn_act_backward_reduce (finalize)", problem, over_partial_results(channels),
            device.stream, bn_act_backward_finalize_kernel < branch.value ? 3 : 2 >, workspace,
-           stats, residual_stats, sums, residual_sums, static_cast<int>(g.grid.y), channels);
+           stats, residual_stats, sums, residual_sums, rows, static_cast<int>(g.grid.y), channels);
   };
   with_type_and_width(
       dtype, channels, {grad, x, z, stats, residual, residual_stats, du},

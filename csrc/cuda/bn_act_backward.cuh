@@ -3,6 +3,7 @@
 // With du the gradient behind the ReLU (0 where the stored output is <= 0):
 //   dbias = sum(du),  dweight = sum(du * (x - mean)) * rstd
 //   dx = scale * (du - (dbias + (x - mean) * rstd * dweight) / rows)
+//      = scale * du + slope * (x - mean) + offset
 // and the same for a residual that has a batch norm of its own, with its statistics.
 #pragma once
 
@@ -91,15 +92,31 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocks)
   });
 }
 
+// What follows from a channel's sum(du) and from its sum(du * (x - mean)); per_row is -1 / rows.
+__device__ __forceinline__ void put_sum(float* sums, const float* stats, int64_t channels,
+                                        int64_t channel, float per_row, float sum) {
+  const float scale = load_row<1>(stats, kScale, channels, channel).v[0];
+  store(sums + kDbias * channels + channel, Pack<float, 1>{sum});
+  store(sums + kOffset * channels + channel, Pack<float, 1>{per_row * scale * sum});
+}
+__device__ __forceinline__ void put_product(float* sums, const float* stats, int64_t channels,
+                                            int64_t channel, float per_row, float sum) {
+  const float scale = load_row<1>(stats, kScale, channels, channel).v[0];
+  const float rstd = load_row<1>(stats, kRstd, channels, channel).v[0];
+  const float dweight = rstd * sum;
+  store(sums + kDweight * channels + channel, Pack<float, 1>{dweight});
+  store(sums + kSlope * channels + channel, Pack<float, 1>{per_row * scale * rstd * dweight});
+}
+
 // sums (and those of the branch) from the partial ones, added in a fixed order: reads K * C floats
-// a block, writes 2C for each batch norm.
+// a block, writes 4C for each batch norm.
 template <int K>
 __global__ void __launch_bounds__(kFinalizeColumns* kFinalizeRows)
     bn_act_backward_finalize_kernel(const float* __restrict__ partial,
                                     const float* __restrict__ stats,
                                     const float* __restrict__ branch_stats,
                                     float* __restrict__ sums, float* __restrict__ branch_sums,
-                                    int blocks, int64_t channels) {
+                                    int64_t rows, int blocks, int64_t channels) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kFinalizeColumns + threadIdx.x;
   float mine[K][1] = {};
   if (c < channels) {
@@ -110,50 +127,36 @@ __global__ void __launch_bounds__(kFinalizeColumns* kFinalizeRows)
       }
     }
   }
-  const auto put = [&](float* to, int row, int64_t channel, float sum) {
-    store(to + row * channels + channel, Pack<float, 1>{sum});
-  };
+  const float per_row = -1.0f / static_cast<float>(rows);
   sum_over_rows<1, K>(mine, channels, [&](int k, int64_t channel, float sum) {
-    if (k == 0) put(sums, kDbias, channel, sum);
-    if (k == 1) {
-      put(sums, kDweight, channel, sum * load(stats + kRstd * channels + channel).v[0]);
-    }
+    if (k == 0) put_sum(sums, stats, channels, channel, per_row, sum);
+    if (k == 1) put_product(sums, stats, channels, channel, per_row, sum);
     if constexpr (K == 3) {
-      if (k == 0) put(branch_sums, kDbias, channel, sum);
-      if (k == 2) {
-        put(branch_sums, kDweight, channel,
-            sum * load(branch_stats + kRstd * channels + channel).v[0]);
-      }
+      if (k == 0) put_sum(branch_sums, branch_stats, channels, channel, per_row, sum);
+      if (k == 2) put_product(branch_sums, branch_stats, channels, channel, per_row, sum);
     }
   });
 }
 
-// dx = scale * (du + offset + slope * (x - mean)), for the channels of a thread. Never divides by
-// the weight, which may be 0.
+// dx = scale * du + slope * (x - mean) + offset, for the channels of a thread. Never divides by the
+// weight, which may be 0.
 template <int W>
 struct Gradient {
-  Pack<float, W> scale, slope, mean, offset;
+  Pack<float, W> scale, mean, slope, offset;
 
-  __device__ __forceinline__ Gradient(const float* stats, const float* sums, int64_t rows,
-                                      int64_t channels, int64_t channel) {
-    scale = load_row<W>(stats, kScale, channels, channel);
-    mean = load_row<W>(stats, kMean, channels, channel);
-    const auto rstd = load_row<W>(stats, kRstd, channels, channel);
-    const auto dweight = load_row<W>(sums, kDweight, channels, channel);
-    const auto dbias = load_row<W>(sums, kDbias, channels, channel);
-    const float per_row = -1.0f / static_cast<float>(rows);
-#pragma unroll
-    for (int i = 0; i < W; ++i) {
-      slope.v[i] = per_row * rstd.v[i] * dweight.v[i];
-      offset.v[i] = per_row * dbias.v[i];
-    }
-  }
+  __device__ __forceinline__ Gradient(const float* stats, const float* sums, int64_t channels,
+                                      int64_t channel)
+      : scale(load_row<W>(stats, kScale, channels, channel)),
+        mean(load_row<W>(stats, kMean, channels, channel)),
+        slope(load_row<W>(sums, kSlope, channels, channel)),
+        offset(load_row<W>(sums, kOffset, channels, channel)) {}
   __device__ __forceinline__ Pack<float, W> operator()(const Pack<float, W>& du,
                                                        const Pack<float, W>& x) const {
     Pack<float, W> dx;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      dx.v[i] = scale.v[i] * fmaf(slope.v[i], x.v[i] - mean.v[i], du.v[i] + offset.v[i]);
+      const float rest = fmaf(slope.v[i], x.v[i] - mean.v[i], offset.v[i]);
+      dx.v[i] = fmaf(scale.v[i], du.v[i], rest);
     }
     return dx;
   }
@@ -172,8 +175,8 @@ __global__ void __launch_bounds__(kThreads, kApplyBlocks)
   constexpr int R = kBranch ? 1 : kBackwardInFlight;  // what the registers hold
   const Place p = place<W>();
   if (p.channel >= channels) return;
-  const Gradient<W> of_x(stats, sums, rows, channels, p.channel);
-  const Gradient<W> of_branch(kBranch ? branch_stats : stats, kBranch ? branch_sums : sums, rows,
+  const Gradient<W> of_x(stats, sums, channels, p.channel);
+  const Gradient<W> of_branch(kBranch ? branch_stats : stats, kBranch ? branch_sums : sums,
                               channels, p.channel);
   Pack<float, W> shift;
   if constexpr (kRelu) shift = load_row<W>(stats, kShift, channels, p.channel);

@@ -44,7 +44,7 @@ void bn_relu_maxpool_backward_reduce(DType dtype, Image i, const void* grad, con
            static_cast<const T*>(x), stats, workspace, pool(i));
     launch("bn_relu_maxpool_backward_reduce (finalize)", image(i), over_partial_results(i.channels),
            device.stream, bn_act_backward_finalize_kernel<2>, workspace, stats, nullptr, sums,
-           nullptr, static_cast<int>(g.grid.y), i.channels);
+           nullptr, i.n * i.height * i.width, static_cast<int>(g.grid.y), i.channels);
   });
 }
 

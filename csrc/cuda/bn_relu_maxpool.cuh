@@ -229,8 +229,7 @@ __global__ void __launch_bounds__(kThreads, kPoolBlocks)
                                  const float* __restrict__ sums, T* __restrict__ dx, PoolShape s) {
   const Place p = place<W>();
   if (p.channel >= s.channels) return;
-  const int64_t pixels = int64_t{s.n} * s.height * s.width;
-  const Gradient<W> of_x(stats, sums, pixels, s.channels, p.channel);
+  const Gradient<W> of_x(stats, sums, s.channels, p.channel);
   const auto put = [&](int64_t offset, const Pack<float, W>& du, const Pack<T, W>& pixel) {
     store(dx + offset, narrow<T>(of_x(du, widen(pixel))));
   };

@@ -3,9 +3,9 @@
 // throws std::runtime_error with the kernel's name and problem size.
 //
 // Activations are row-major [rows, channels] matrices (channels_last, rows = N*H*W) of one dtype;
-// stats is [5, channels] (mean, biased variance, rstd, scale, shift) and sums [2, channels] (dbias,
-// dweight), float32. A null pointer stands for what isn't there. Any number of channels, any
-// alignment; multiples of 16 bytes are fast.
+// stats is [5, channels] (mean, biased variance, rstd, scale, shift) and sums [4, channels] (dbias,
+// dweight, slope, offset), float32. A null pointer stands for what isn't there. Any number of
+// channels, any alignment; multiples of 16 bytes are fast.
 #pragma once
 
 #include <cstdint>
@@ -46,9 +46,9 @@ void bn_act_backward_reduce(DType, int64_t rows, int64_t channels, const void* g
                             const void* z, const float* stats, const void* residual,
                             const float* residual_stats, bool relu, float* workspace, void* du,
                             float* sums, float* residual_sums, Device);
-// dx = scale * (du - (dbias + (x - mean) * rstd * dweight) / rows): grad, x -> dx, which may be
-// grad; without sums (fixed statistics) dx = scale * du. With a residual both gradients in one pass
-// (relu is false then): du, x, residual -> dx, dresidual.
+// dx = scale * du + slope * (x - mean) + offset: grad, x -> dx, which may be grad; without sums
+// (fixed statistics) dx = scale * du. With a residual both gradients in one pass (relu is false
+// then): du, x, residual -> dx, dresidual.
 void bn_act_backward_apply(DType, int64_t rows, int64_t channels, const void* grad, const void* x,
                            const float* stats, const float* sums, const void* residual,
                            const float* residual_stats, const float* residual_sums, bool relu,

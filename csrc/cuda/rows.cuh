@@ -53,7 +53,7 @@ __device__ __forceinline__ void load_rows(Pack<T, W> (&packs)[R], const T* matri
 
 // Rows of `stats` and `sums`, see fusedres/kernels/rows.py.
 enum StatsRow : int { kMean, kVar, kRstd, kScale, kShift };
-enum SumsRow : int { kDbias, kDweight };
+enum SumsRow : int { kDbias, kDweight, kSlope, kOffset };
 
 template <int W>
 __device__ __forceinline__ Pack<float, W> load_row(const float* matrix, int row, int64_t channels,

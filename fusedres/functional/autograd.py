@@ -47,7 +47,7 @@ def backend_of(ctx: Any) -> AbstractContextManager[None]:
 def parameter_gradients(
     sums: Sequence[Tensor | None], needed: Sequence[bool], dtypes: Sequence[torch.dtype | None]
 ) -> list[Tensor | None]:
-    """weight's and bias's gradients for each batch norm, out of [dbias, dweight]."""
+    """weight's and bias's gradients for each batch norm, out of the sums of the backward."""
     places = [(s, row) for s in sums for row in (1, 0)]
     return [
         s[row].to(dtype) if need and s is not None else None

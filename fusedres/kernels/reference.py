@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres.kernels.rows import DBIAS, DWEIGHT, MEAN, NOWHERE, RSTD, SCALE, SHIFT, VAR
+from fusedres.kernels.rows import MEAN, NOWHERE, OFFSET, RSTD, SCALE, SHIFT, SLOPE, VAR
 
 
 def _per_channel(v: Tensor) -> Tensor:
@@ -81,19 +81,20 @@ def _du(grad: Tensor, x: Tensor, z: Tensor | None, stats: Tensor, relu: bool) ->
 
 
 def _reduce(du: Tensor, x: Tensor, stats: Tensor, sums: Tensor) -> None:
+    n, _, h, w = x.shape
     centred = x.to(stats.dtype) - _per_channel(stats[MEAN])
-    sums[DBIAS] = du.sum((0, 2, 3))
-    sums[DWEIGHT] = (du * centred).sum((0, 2, 3)) * stats[RSTD]
+    dbias = du.sum((0, 2, 3))
+    dweight = (du * centred).sum((0, 2, 3)) * stats[RSTD]
+    per_value = -stats[SCALE] / (n * h * w)
+    torch.stack([dbias, dweight, per_value * stats[RSTD] * dweight, per_value * dbias], out=sums)
 
 
 def _apply(du: Tensor, x: Tensor, stats: Tensor, sums: Tensor | None) -> Tensor:
     dx = _per_channel(stats[SCALE]) * du
     if sums is None:
         return dx
-    per_value = stats[SCALE] * (-x.shape[1] / x.numel())
     centred = x.to(stats.dtype) - _per_channel(stats[MEAN])
-    dx = dx + _per_channel(per_value * stats[RSTD] * sums[DWEIGHT]) * centred
-    return dx + _per_channel(per_value * sums[DBIAS])
+    return dx + _per_channel(sums[SLOPE]) * centred + _per_channel(sums[OFFSET])
 
 
 def bn_act_backward_reduce(

@@ -4,8 +4,9 @@ Nothing else knows torch.library. An op's arithmetic lives in ``kernels``; ``pla
 implementation serves a call. Here tensors are checked, brought into one memory layout, and the
 outputs allocated, so that an implementation only computes.
 
-``stats`` is [5, C] with the rows mean, biased variance, rstd, scale, shift; ``sums`` is [2, C] with
-the rows dbias, dweight. Both are float32 (float64 for a float64 activation).
+``stats`` is [5, C] with the rows mean, biased variance, rstd, scale, shift; ``sums`` is [4, C] with
+the rows dbias, dweight, slope, offset (see ``kernels/rows.py``). Both are float32 (float64 for a
+float64 activation).
 """
 
 from typing import Any

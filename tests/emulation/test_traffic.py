@@ -45,7 +45,7 @@ class Tensors:
         self.full["index"] = index.contiguous(memory_format=torch.channels_last)
         self.full |= {name: torch.rand(n, c, 1, 1).to(dtype) for name in ("means", "means_grad")}
         self.stats, self.residual_stats = torch.rand(5, c), torch.rand(5, c)
-        self.sums, self.residual_sums = torch.rand(2, c), torch.rand(2, c)
+        self.sums, self.residual_sums = torch.rand(4, c), torch.rand(4, c)
         gpu.unwatch_all()
         for name, tensor in self.full.items():
             gpu.watch(name, tensor.data_ptr(), tensor.nbytes)

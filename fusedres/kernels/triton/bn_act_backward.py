@@ -4,6 +4,9 @@ With du the gradient behind the ReLU (0 where the stored output is <= 0):
 
     dbias = sum(du),  dweight = sum(du * (x - mean)) * rstd
     dx = scale * (du - (dbias + (x - mean) * rstd * dweight) / M)
+       = scale * du + slope * (x - mean) + offset
+
+The sums' own pass ends with slope and offset, so that whoever needs dx multiplies and adds.
 
 A residual that has statistics of its own is a second x: its sums and its gradient come out of the same
 passes over du.
@@ -96,15 +99,16 @@ def bn_act_bwd_partial_kernel(
         tl.store(p_residual, tl.sum(b_residual_product, 0), mask=b_c < channels)
 
 
-# sums = [dbias, dweight] (and residual_sums) from all partials, added in a fixed order
-# Reads 2C or 3C floats a program, writes 2C or 4C floats.
-@triton.jit(do_not_specialize=["programs", "channels"])
+# sums (and residual_sums) from all partials, added in a fixed order: see store_sums
+# Reads 2C or 3C floats a program, writes 4C or 8C floats.
+@triton.jit(do_not_specialize=["rows", "programs", "channels"])
 def bn_act_bwd_finalize_kernel(
     partial,
     stats,
     residual_stats,
     sums,
     residual_sums,
+    rows,
     programs,
     channels,
     BLOCK_M: tl.constexpr,
@@ -122,9 +126,10 @@ def bn_act_bwd_finalize_kernel(
         if residual_sums is not None:
             b_residual_product += tl.load(p_partial + 2 * programs * channels, mask=mask, other=0.0)
     b_dbias = tl.sum(b_dbias, 0)
-    store_sums(sums, stats, b_dbias, tl.sum(b_product, 0), b_c, channels)
+    store_sums(sums, stats, b_dbias, tl.sum(b_product, 0), rows, b_c, channels)
     if residual_sums is not None:
-        store_sums(residual_sums, residual_stats, b_dbias, tl.sum(b_residual_product, 0), b_c, channels)
+        b_product = tl.sum(b_residual_product, 0)
+        store_sums(residual_sums, residual_stats, b_dbias, b_product, rows, b_c, channels)
 
 
 # dx, and dresidual where the residual has statistics of its own: see input_gradient
@@ -160,9 +165,9 @@ def bn_act_bwd_apply_kernel(
     if RELU:
         b_g = relu_mask(normalise(b_x, stats, b_c, channels).to(x.dtype.element_ty), b_g)
     b_du = b_g.to(tl.float32)
-    b_dx = input_gradient(b_du, b_x, stats, sums, rows, b_c, channels)
+    b_dx = input_gradient(b_du, b_x, stats, sums, b_c, channels)
     if residual is not None:
-        b_dr = input_gradient(b_du, b_r, residual_stats, residual_sums, rows, b_c, channels)
+        b_dr = input_gradient(b_du, b_r, residual_stats, residual_sums, b_c, channels)
         tl.store(dresidual + base + offsets, b_dr.to(dresidual.dtype.element_ty), mask=mask)
     tl.store(dx + base + offsets, b_dx.to(dx.dtype.element_ty), mask=mask)
 
@@ -192,7 +197,7 @@ def bn_act_backward_reduce(
         )
         bn_act_bwd_finalize_kernel[(FINALIZE.column_blocks(channels),)](
             *(partial, stats, residual_stats, sums, residual_sums),
-            *(run.programs, channels),
+            *(run.rows, run.programs, channels),
             **FINALIZE.keywords,
         )
 

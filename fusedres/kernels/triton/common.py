@@ -14,6 +14,8 @@ SCALE = tl.constexpr(rows.SCALE)
 SHIFT = tl.constexpr(rows.SHIFT)
 DBIAS = tl.constexpr(rows.DBIAS)
 DWEIGHT = tl.constexpr(rows.DWEIGHT)
+SLOPE = tl.constexpr(rows.SLOPE)
+OFFSET = tl.constexpr(rows.OFFSET)
 
 
 @triton.jit
@@ -68,22 +70,25 @@ def add_product(b_sum, b_du, b_x, b_mean, mask):
 
 
 @triton.jit
-def store_sums(sums, stats, b_dbias, b_product, b_c, channels):
-    """sums = [dbias, dweight] out of sum(du) and sum(du * (x - mean))."""
-    mask = b_c < channels
-    tl.store(sums + DBIAS * channels + b_c, b_dbias, mask=mask)
-    tl.store(sums + DWEIGHT * channels + b_c, b_product * load_row(stats, RSTD, b_c, channels), mask=mask)
+def store_sums(sums, stats, b_dbias, b_product, rows, b_c, channels):
+    """sums = [dbias, dweight, slope, offset] out of sum(du) and sum(du * (x - mean)) over ``rows`` rows."""
+    b_rstd = load_row(stats, RSTD, b_c, channels)
+    b_per_value = -load_row(stats, SCALE, b_c, channels) / rows
+    b_dweight = b_product * b_rstd
+    p_sums, mask = sums + b_c, b_c < channels
+    tl.store(p_sums + DBIAS * channels, b_dbias, mask=mask)
+    tl.store(p_sums + DWEIGHT * channels, b_dweight, mask=mask)
+    tl.store(p_sums + SLOPE * channels, b_per_value * b_rstd * b_dweight, mask=mask)
+    tl.store(p_sums + OFFSET * channels, b_per_value * b_dbias, mask=mask)
 
 
 @triton.jit
-def input_gradient(b_du, b_x, stats, sums, rows, b_c, channels):
-    """scale * du, and with sums - scale * (dbias + (x - mean) * rstd * dweight) / M."""
-    b_scale = load_row(stats, SCALE, b_c, channels)
-    b_dx = b_scale[None, :] * b_du
+def input_gradient(b_du, b_x, stats, sums, b_c, channels):
+    """scale * du, and with sums + slope * (x - mean) + offset."""
+    b_dx = load_row(stats, SCALE, b_c, channels)[None, :] * b_du
     if sums is not None:
-        b_per_value = -b_scale / rows
-        b_slope = b_per_value * load_row(stats, RSTD, b_c, channels) * load_row(sums, DWEIGHT, b_c, channels)
-        b_offset = b_per_value * load_row(sums, DBIAS, b_c, channels)
+        b_slope = load_row(sums, SLOPE, b_c, channels)
+        b_offset = load_row(sums, OFFSET, b_c, channels)
         b_centred = b_x - load_row(stats, MEAN, b_c, channels)[None, :]
         b_dx += tl.fma(b_slope[None, :], b_centred, b_offset[None, :])
     return b_dx
