@@ -34,7 +34,7 @@ test-main: .venv/ready
 
 # the Triton kernels on a CPU, in Triton's interpreter
 test-interpreted: .venv/ready
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_gpu_kernels.py
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_gpu_kernels.py tests/test_conv_fwd.py
 
 # the CUDA kernels on a CPU, compiled by g++ with sanitizers over an emulation of the execution model
 test-emulated: .venv/ready
@@ -49,7 +49,7 @@ test-core: .venv-core/ready
 
 # every configuration of every kernel for every architecture
 codegen: .venv/ready
-	$(BIN)/pytest tests/test_triton_codegen.py tests/test_cuda_codegen.py -m 'codegen or not codegen'
+	$(BIN)/pytest tests/test_triton_codegen.py tests/test_conv_fwd.py tests/test_cuda_codegen.py -m 'codegen or not codegen'
 
 bench: .venv/ready
 	$(BIN)/pytest benchmarks --benchmark-only --full --benchmark-autosave

@@ -93,7 +93,7 @@ def bn_stats_partial_kernel(
 
 
 # stats from all partials, merged in a fixed order
-# Reads 2C floats a program and the pivot, writes 5C floats.
+# Reads 2C floats a program, and the pivot where means were taken from x's; writes 5C floats.
 @triton.jit(do_not_specialize=["rows", "rows_per_program", "programs", "channels"])
 def bn_stats_finalize_kernel(
     x,
@@ -122,7 +122,8 @@ def bn_stats_finalize_kernel(
         b_m2_new = tl.load(p_partial + programs * channels, mask=mask, other=0.0)
         b_n, b_mean, b_m2 = merge(b_n, b_mean, b_m2, b_new, b_mean_new, b_m2_new)
     b_common, b_total_m2 = merge_rows(b_n, b_mean, b_m2)
-    b_common += load_pivot(x, b_c, channels)
+    if x is not None:
+        b_common += load_pivot(x, b_c, channels)
     store_stats(stats, weight, bias, b_common, b_total_m2 / rows, eps, b_c, channels)
 
 

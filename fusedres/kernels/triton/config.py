@@ -141,6 +141,11 @@ def _facts(device: torch.device) -> tuple[tuple[int, int], int]:
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
+def arch_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability."""
+    return _facts(device)[0]
+
+
 def select(kernel: str, problem: BnProblem, arch: tuple[int, int]) -> BnConfig:
     """The first valid config of ``kernel``.
 
