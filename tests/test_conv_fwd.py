@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tolerances import assert_close_to_reference
+from triton_code import ITEMSIZES, SHARED_KIB, compile_for, usage
 
 from fusedres.kernels.rows import SCALE, SHIFT, VAR
 
 triton = pytest.importorskip("triton")
-from fusedres.kernels.triton.conv_config import (  # noqa: E402
-    CONFIGS,
-    OTHER_SHARED_KIB,
-    SHARED_KIB,
-    ConvProblem,
-    is_valid,
-)
+from fusedres.kernels.triton.conv_config import CONFIGS, ConvProblem, is_valid  # noqa: E402
 from fusedres.kernels.triton.conv_fwd import conv_fwd, conv_fwd_kernel  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -62,7 +55,7 @@ class TestNumbers:
         theirs = plain(x, stats, relu, weight, stride)
         wide = None if stats is None else stats.double()
         reference = plain(x.double(), wide, relu, weight.double(), stride)
-        assert_close_to_reference(y, theirs, reference, terms=8, name="y")
+        assert_close_to_reference(y, theirs, reference, name="y")
         # the statistics are those of the values that were stored
         for row, value in enumerate(statistics(y.double(), *norm)):
             torch.testing.assert_close(y_stats[row].double(), value, rtol=2e-5, atol=2e-5)
@@ -82,6 +75,9 @@ class TestNumbers:
     def test_tails(self, shape, filters, poisoned):
         self.check(shape, filters, 3, 1, torch.float32)
 
+    def test_more_tiles_than_a_group(self):
+        self.check((1, 8, 36, 32), 136, 1, 1, torch.float32)
+
     def test_no_relu(self):
         self.check((2, 16, 5, 5), 16, 3, 1, torch.float32, relu=False)
 
@@ -96,68 +92,60 @@ class TestNumbers:
         conv_fwd(x, None, True, weight, stride, None, None, EPS, y, stats)
         var = y.double().var((0, 2, 3), correction=0)
         assert (y.double().mean((0, 2, 3)) / var.sqrt()).min() > 500
-        torch.testing.assert_close(stats[VAR].double(), var, rtol=1e-3, atol=0)
+        torch.testing.assert_close(stats[VAR].double(), var, rtol=1e-4, atol=0)
 
 
-ARCHS = [80, 86, 89, 90, 100, 120]
-ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-
-
-def compile_kernel(config, dtype, arch, taps, prologue):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = conv_fwd_kernel.arg_names
+def compile_kernel(config, dtype, arch, variant):
     launch = dict(config.keywords)
     options = {k: launch.pop(k) for k in ("num_warps", "num_stages", "maxnreg")}
-    constants = launch | {"TAPS": taps, "STRIDE": 1, "RELU": True, "EVEN": True, "PRECISION": "tf32"}
-    if not prologue:
-        constants["stats"] = None
+    constants = launch | {"STRIDE": 1, "RELU": True, "EVEN": True, "PRECISION": "tf32"} | variant
     kinds = {"x": dtype, "weight": dtype, "y": dtype, "stats": "fp32", "partial": "fp32"}
     signature = {
         name: "constexpr" if name in constants else f"*{kinds[name]}" if name in kinds else "i32"
-        for name in names
+        for name in conv_fwd_kernel.arg_names
     }
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"}
-    source = ASTSource(conv_fwd_kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return compile_for(arch, conv_fwd_kernel, signature, constants, options)
+
+
+TRAINED = [{"TAPS": 1}, {"TAPS": 9}, {"TAPS": 9, "STRIDE": 2}]
+VARIANTS = [
+    *TRAINED,
+    {"TAPS": 1, "STRIDE": 2},
+    {"TAPS": 1, "stats": None},
+    {"TAPS": 1, "STRIDE": 2, "stats": None},
+    {"TAPS": 9, "stats": None},
+    {"TAPS": 9, "EVEN": False},
+    {"TAPS": 9, "partial": None},
+]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("arch", SHARED_KIB)
 class TestCode:
-    @pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
-    @pytest.mark.parametrize("taps", [1, 9])
-    @pytest.mark.parametrize("arch", ARCHS)
-    def test_first_choice(self, arch, taps, prologue, tmp_path):
-        self.check(arch, taps, prologue, "bf16", tmp_path, only_first=True)
+    @pytest.mark.parametrize("variant", TRAINED, ids=str)
+    def test_first_choice(self, arch, variant, tmp_path):
+        self.check(arch, variant, "bf16", tmp_path, only_first=True)
 
     @pytest.mark.codegen
-    @pytest.mark.parametrize("dtype", ITEMSIZE)
-    @pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
-    @pytest.mark.parametrize("taps", [1, 9])
-    @pytest.mark.parametrize("arch", ARCHS)
-    def test_everything_shipped(self, arch, taps, prologue, dtype, tmp_path):
-        self.check(arch, taps, prologue, dtype, tmp_path, only_first=False)
+    @pytest.mark.parametrize("dtype", ITEMSIZES)
+    @pytest.mark.parametrize("variant", VARIANTS, ids=str)
+    def test_everything_shipped(self, arch, variant, dtype, tmp_path):
+        self.check(arch, variant, dtype, tmp_path, only_first=False)
 
-    def check(self, arch, taps, prologue, dtype, tmp_path, *, only_first):
-        problem = ConvProblem(100_000, 256, 256, taps, ITEMSIZE[dtype])
-        capability = (arch // 10, arch % 10)
-        valid = [c for c in CONFIGS["conv_fwd"] if is_valid(c, problem, capability)]
+    def check(self, arch, variant, dtype, tmp_path, *, only_first):
+        itemsize = ITEMSIZES[dtype]
+        problem = ConvProblem(100_000, 256, 256, variant["TAPS"], itemsize)
+        valid = [c for c in CONFIGS["conv_fwd"] if is_valid(c, problem, (arch // 10, arch % 10))]
         assert valid
         for config in valid[:1] if only_first else valid:
-            compiled = compile_kernel(config, dtype, arch, taps, prologue)
-            limit = SHARED_KIB.get(capability, OTHER_SHARED_KIB) * 1024
-            assert compiled.metadata.shared <= limit
-            assert self.stack(compiled, tmp_path) == 0, f"{config} spills"
+            compiled = compile_kernel(config, dtype, arch, variant)
+            assert compiled.metadata.shared <= SHARED_KIB[arch] * 1024
+            used = usage(compiled, tmp_path)
+            assert used["STACK"] == used["LOCAL"] == 0, f"{config} spills: {used}"
             ptx = compiled.asm["ptx"]
             copies = re.findall(r"cp\.async\.c[ga]\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", ptx)
-            assert copies, "no 16-byte asynchronous copies"
-            if ITEMSIZE[dtype] == 2 and arch in (90, 100):
+            operands = (config.block_m + config.block_n) * config.block_k * itemsize
+            each = operands // (config.num_warps * 32 * 16)
+            assert len(copies) >= config.num_stages * each, f"{len(copies)} copies of 16 bytes"
+            if itemsize == 2 and arch in (90, 100):
                 assert {90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch] in ptx
-
-    def stack(self, compiled, tmp_path):
-        cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-        return sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))

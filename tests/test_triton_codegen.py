@@ -9,20 +9,17 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from triton_code import ITEMSIZES, SHARED_KIB, compile_for, usage
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
-
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 from fusedres.kernels.triton import config  # noqa: E402
 from fusedres.kernels.triton.bn_act import bn_act_fwd_kernel  # noqa: E402
@@ -39,10 +36,6 @@ from fusedres.kernels.triton.bn_stats import (  # noqa: E402
 )
 from fusedres.kernels.triton.config import BnConfig, BnProblem  # noqa: E402
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-# shared memory that one program can have, in KiB, by compute capability
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ACTIVATIONS = {"x", "z", "residual", "grad", "du", "dx", "dresidual"}
 WRITTEN = {
     "bn_act_fwd_kernel": {"z"},
@@ -175,21 +168,11 @@ def compile_case(case: Case, directory: Path) -> Compiled:
         return "*" + (case.dtype if name in ACTIVATIONS else "fp32")
 
     signature = {name: kind(name) for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
     options = {"num_warps": case.config.num_warps, "maxnreg": case.config.max_registers(case.vec)}
-    compiled = triton.compile(
-        ASTSource(case.kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", case.arch, 32),
-        options=options,
-    )
-    cubin = directory / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run(
-        [CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    compiled = compile_for(case.arch, case.kernel, signature, constants, options)
+    found = usage(compiled, directory)
     return Compiled(
-        *(int(found[k]) for k in ("REG", "STACK", "LOCAL")), compiled.metadata.shared, compiled.asm["ptx"]
+        *(found[k] for k in ("REG", "STACK", "LOCAL")), compiled.metadata.shared, compiled.asm["ptx"]
     )
 
 

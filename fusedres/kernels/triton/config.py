@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+C = TypeVar("C")
+P = TypeVar("P")
 
 # the widest global access: a thread should move this much at a time
 ACCESS_BYTES = 16
@@ -146,16 +150,27 @@ def arch_of(device: torch.device) -> tuple[int, int]:
     return _facts(device)[0]
 
 
-def select(kernel: str, problem: BnProblem, arch: tuple[int, int]) -> BnConfig:
-    """The first valid config of ``kernel``.
+def first_valid(
+    kernel: str,
+    configs: Sequence[C],
+    valid: Callable[[C, P, tuple[int, int]], bool],
+    problem: P,
+    arch: tuple[int, int],
+) -> C:
+    """The first of ``configs`` that can run ``problem``.
 
     Raises:
         RuntimeError: there is none.
     """
-    for config in CONFIGS[kernel]:
-        if is_valid(config, problem, arch):
+    for config in configs:
+        if valid(config, problem, arch):
             return config
     raise RuntimeError(f"no launch setting of {kernel} fits {problem} on compute capability {arch}")
+
+
+def select(kernel: str, problem: BnProblem, arch: tuple[int, int]) -> BnConfig:
+    """The first valid config of ``kernel``."""
+    return first_valid(kernel, CONFIGS[kernel], is_valid, problem, arch)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -13,12 +13,10 @@ import os
 import triton
 import triton.language as tl
 
-from fusedres.kernels import rows
-from fusedres.kernels.triton.common import MEAN, SCALE, SHIFT, affine, load_row
+from fusedres.kernels.triton import config
+from fusedres.kernels.triton.common import normalise
 
-VEC = tl.constexpr(8)
-SLOPE = tl.constexpr(rows.SLOPE)
-OFFSET = tl.constexpr(rows.OFFSET)
+VEC = tl.constexpr(config.VEC)
 # Triton's interpreter multiplies the bits of bf16: there, operands are widened, which changes no product
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -55,25 +53,8 @@ def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
 def activation(b_x, stats, b_c, channels, RELU: tl.constexpr):
     """relu(x * scale + shift) in x's dtype: what a batch norm has left to be done; x itself without stats."""
     if stats is not None:
-        b_scale = load_row(stats, SCALE, b_c, channels)
-        b_u = affine(b_x.to(tl.float32), b_scale, load_row(stats, SHIFT, b_c, channels))
+        b_u = normalise(b_x.to(tl.float32), stats, b_c, channels)
         if RELU:
             b_u = tl.where(b_u <= 0, 0.0, b_u)  # relu(NaN) is NaN
         b_x = b_u.to(b_x.dtype)
     return b_x
-
-
-@triton.jit
-def gradient(b_du, b_y, stats, sums, b_k, filters):
-    """scale * du + slope * (y - mean) + offset in du's dtype: the gradient in front of a batch norm.
-
-    du itself without stats, and scale * du where the statistics are fixed, without sums.
-    """
-    if stats is not None:
-        b_dy = load_row(stats, SCALE, b_k, filters)[None, :] * b_du.to(tl.float32)
-        if sums is not None:
-            b_centred = b_y.to(tl.float32) - load_row(stats, MEAN, b_k, filters)[None, :]
-            b_slope = load_row(sums, SLOPE, b_k, filters)
-            b_dy += affine(b_centred, b_slope, load_row(sums, OFFSET, b_k, filters))
-        b_du = b_dy.to(b_du.dtype)
-    return b_du

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fusedres.kernels.triton.config import MIN_ARCH, REGISTERS_PER_SM, THREADS_PER_WARP
+from fusedres.kernels.triton.config import MIN_ARCH, REGISTERS_PER_SM, THREADS_PER_WARP, first_valid
 
 # shared memory that one program can have, in KiB, by compute capability; 99 on consumer chips
 SHARED_KIB = {(8, 0): 163, (9, 0): 227, (10, 0): 227}
@@ -96,12 +96,5 @@ def is_valid(config: ConvConfig, problem: ConvProblem, arch: tuple[int, int]) ->
 
 
 def select(kernel: str, problem: ConvProblem, arch: tuple[int, int]) -> ConvConfig:
-    """The first valid config of ``kernel``.
-
-    Raises:
-        RuntimeError: there is none.
-    """
-    for config in CONFIGS[kernel]:
-        if is_valid(config, problem, arch):
-            return config
-    raise RuntimeError(f"no launch setting of {kernel} fits {problem} on compute capability {arch}")
+    """The first valid config of ``kernel``."""
+    return first_valid(kernel, CONFIGS[kernel], is_valid, problem, arch)
