@@ -135,7 +135,7 @@ class TestCode:
     def check(self, arch, variant, dtype, tmp_path, *, only_first):
         itemsize = ITEMSIZES[dtype]
         problem = ConvProblem(100_000, 256, 256, variant["TAPS"], itemsize)
-        valid = [c for c in CONFIGS["conv_fwd"] if is_valid(c, problem, (arch // 10, arch % 10))]
+        valid = [c for c in CONFIGS["conv_fwd"] if is_valid("conv_fwd", c, problem, (arch // 10, arch % 10))]
         assert valid
         for config in valid[:1] if only_first else valid:
             compiled = compile_kernel(config, dtype, arch, variant)

@@ -1,11 +1,12 @@
 """Launch settings of the convolution kernels: what they are, which are valid, which is taken.
 
-A convolution is a matrix product [M, K] = [M, taps * C] x [taps * C, K]: M output positions, C channels in, K
-filters. A program works on a tile of BLOCK_M positions and BLOCK_N filters, BLOCK_K channels a step.
+A convolution is a matrix product. A program works on a tile of BLOCK_M rows and BLOCK_N columns, BLOCK_K
+values of the reduction a step.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,9 +23,9 @@ class ConvConfig:
     """One way to launch a convolution.
 
     Args:
-        block_m: output positions of a tile.
-        block_n: filters of a tile.
-        block_k: channels of one step of the reduction.
+        block_m: rows of a tile.
+        block_n: columns of a tile.
+        block_k: values of one step of the reduction.
         num_warps: warps of a program.
         num_stages: steps whose loads are under way at once.
         group_m: rows of tiles that are worked on together, so that they share operands in the L2 cache.
@@ -56,16 +57,41 @@ class ConvConfig:
 
 
 class ConvProblem(NamedTuple):
-    """The matrix product of a convolution."""
+    """The matrix product of a convolution: [rows, taps * inner] x [taps * inner, columns].
+
+    Forward: output positions, input channels, filters. Gradient of the input: input positions, filters,
+    input channels. Gradient of the weight: filters, output positions, input channels (of each tap).
+    """
 
     rows: int
-    channels: int
-    filters: int
+    inner: int
+    columns: int
     taps: int
     itemsize: int
 
 
-# in the order of preference: wide tiles first, narrow ones for few filters
+class Staged(NamedTuple):
+    """What a step of a kernel's loop keeps in shared memory, at most.
+
+    Args:
+        a: tensors of [BLOCK_M, BLOCK_K] that are loaded.
+        b: tensors of [BLOCK_N, BLOCK_K] that are loaded.
+        vectors: float32 vectors of BLOCK_K values that are loaded.
+        written: tiles [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K] that go back to shared memory after their
+            prologue.
+    """
+
+    a: int
+    b: int
+    vectors: int
+    written: tuple[int, int]
+
+
+STAGED = {
+    "conv_fwd": Staged(a=1, b=1, vectors=2, written=(1, 0)),
+}
+
+# in the order of preference: wide tiles first, narrow ones for few columns
 CONFIGS: dict[str, tuple[ConvConfig, ...]] = {
     "conv_fwd": (
         ConvConfig(128, 128, 64, num_warps=8, num_stages=3),
@@ -76,20 +102,22 @@ CONFIGS: dict[str, tuple[ConvConfig, ...]] = {
 }
 
 
-def shared_bytes(config: ConvConfig, problem: ConvProblem) -> int:
-    """Shared memory that a program needs, at most: the operands' stages, and one more of the positions'."""
+def shared_bytes(kernel: str, config: ConvConfig, problem: ConvProblem) -> int:
+    """Shared memory that a program of ``kernel`` needs, at most."""
     of_a, of_b = config.block_m * config.block_k, config.block_n * config.block_k
-    vectors = 2 * config.block_k * 4 * config.num_stages
-    return (config.num_stages * (of_a + of_b) + of_a) * problem.itemsize + vectors
+    staged = STAGED[kernel]
+    loaded = (staged.a * of_a + staged.b * of_b) * problem.itemsize + staged.vectors * config.block_k * 4
+    written = (staged.written[0] * of_a + staged.written[1] * of_b) * problem.itemsize
+    return config.num_stages * loaded + written
 
 
-def is_valid(config: ConvConfig, problem: ConvProblem, arch: tuple[int, int]) -> bool:
+def is_valid(kernel: str, config: ConvConfig, problem: ConvProblem, arch: tuple[int, int]) -> bool:
     """Whether ``config`` can run ``problem`` on a GPU of compute capability ``arch``, and makes sense."""
     return (
         arch >= MIN_ARCH
-        and shared_bytes(config, problem) <= 1024 * SHARED_KIB.get(arch, OTHER_SHARED_KIB)
+        and shared_bytes(kernel, config, problem) <= 1024 * SHARED_KIB.get(arch, OTHER_SHARED_KIB)
         # no more than half of the tile idle, unless narrower ones can't be had
-        and (config.block_n <= 64 or 2 * problem.filters > config.block_n)
+        and (config.block_n <= 64 or 2 * problem.columns > config.block_n)
         # four bytes take twice the registers in flight
         and (problem.itemsize < 4 or config.block_k <= 32)
     )
@@ -97,4 +125,4 @@ def is_valid(config: ConvConfig, problem: ConvProblem, arch: tuple[int, int]) ->
 
 def select(kernel: str, problem: ConvProblem, arch: tuple[int, int]) -> ConvConfig:
     """The first valid config of ``kernel``."""
-    return first_valid(kernel, CONFIGS[kernel], is_valid, problem, arch)
+    return first_valid(kernel, CONFIGS[kernel], functools.partial(is_valid, kernel), problem, arch)
