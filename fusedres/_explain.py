@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedres import ops, plan
-from fusedres.nn import unfused_reason
+from fusedres.nn import unfused_block_reason, unfused_reason
 
 # what an op of PyTorch's is called in the table; others say nothing about a layer
 _ATEN = {
@@ -59,6 +59,26 @@ class Explanation(list[Step]):
         )
 
 
+class _Call(NamedTuple):
+    """An op of a forward, before it is known what runs it.
+
+    Args:
+        layer: the module whose parameters it takes.
+        op: its name.
+        shape: of its first argument.
+        conv: of a convolution.
+        before: the norm that a fused convolution does on its way in, if any.
+        behind: the norm whose statistics it leaves, if any.
+    """
+
+    layer: str
+    op: str
+    shape: tuple[int, ...]
+    conv: plan.Conv | None = None
+    before: str | None = None
+    behind: str | None = None
+
+
 class _Recorder(TorchDispatchMode):
     """Ops in the order of their calls, with the layer whose parameter or statistics they take."""
 
@@ -66,21 +86,40 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.names = names
         self.kept: list[Any] = []  # so that no other tensor gets the id of one that is named
-        self.calls: list[tuple[str, str, tuple[int, ...]]] = []
+        self.calls: list[_Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name, ours = func._opname, func.namespace == "fusedres"
-        if (ours and name not in _PART_OF_ANOTHER) or name in _ATEN:
+        if name == "conv_fwd":
+            self._convolution(args, out)
+        elif (ours and name not in _PART_OF_ANOTHER) or name in _ATEN:
             shape = tuple(_tensors(args)[0].shape)
-            self.calls.append((self._layer(args), name if ours else _ATEN[name], shape))
+            conv = _shape_of(args) if name == "convolution" else None
+            self.calls.append(_Call(self._layer(args), name if ours else _ATEN[name], shape, conv))
         if name in ("bn_stats", "bn_running_stats"):
             self.names[id(out)] = self._layer(args)
         self.kept.append((args, out))
         return out
 
+    def _convolution(self, args: Any, out: Any) -> None:
+        x, stats, _, _, _, weight, stride, *norm, _, statistics = args
+        before = None if stats is None else self._layer([stats])
+        behind = self._layer(norm) if statistics else None
+        self.names[id(out[1])] = behind or ""
+        conv = ops.conv_shape(x, weight, stride)
+        self.calls.append(_Call(self._layer([weight]), "conv_fwd", tuple(x.shape), conv, before, behind))
+
     def _layer(self, args: Iterable[Any]) -> str:
         return next((self.names[id(t)] for t in _tensors(args) if id(t) in self.names), "")
+
+
+def _shape_of(args: Any) -> plan.Conv | None:
+    """Of a call of aten::convolution; None if its axes differ."""
+    x, weight, _, stride, _, dilation, _, _, groups = args
+    if len(set(stride)) > 1 or len(set(dilation)) > 1 or x.dim() != 4:
+        return None
+    return ops.conv_shape(x, weight, stride[0], dilation[0], groups)
 
 
 def _tensors(args: Iterable[Any]) -> list[Tensor]:
@@ -123,12 +162,8 @@ def explain(
     # on the meta device every op is called whose module glue finds nothing against it
     with torch.no_grad(), ops.backend("reference"), recorder:
         twin(torch.empty(*input_size, device="meta"))
-    modules = dict(twin.named_modules())
-    return Explanation(
-        step
-        for layer, op, shape in recorder.calls
-        for step in _steps(layer, op, shape, dtype, device, forced, modules)
-    )
+    asked = _Asked(dtype, device, forced, dict(twin.named_modules()))
+    return Explanation(step for call in recorder.calls for step in asked.steps(call))
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
@@ -141,52 +176,76 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-# what an op does where no implementation has it in one pass
-_COMPOSED_OF = {"bn_relu_maxpool": ("bn_act", "max pool")}
+class _Asked(NamedTuple):
+    """What the question is about, beside the calls."""
 
+    dtype: torch.dtype
+    device: torch.device
+    forced: str
+    modules: dict[str, nn.Module]
 
-def _steps(
-    layer: str,
-    op: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    forced: str,
-    modules: dict[str, nn.Module],
-) -> list[Step]:
-    step = _step(layer, op, shape, dtype, device, forced, modules)
-    if step.implementation != "aten" or op not in _COMPOSED_OF or step.reason.startswith("the norm"):
-        return [step]
-    whole, *rest = _COMPOSED_OF[op]
-    return [
-        _step(layer, whole, shape, dtype, device, forced, modules),
-        *(Step("", name, shape, "aten", "PyTorch's own") for name in rest),
-    ]
+    def steps(self, call: _Call) -> list[Step]:
+        """What runs a call: one step, or those of which it is composed."""
+        if call.op == "conv_fwd":
+            return self._convolution(call)
+        if call.op == "convolution":
+            return [Step(call.layer, call.op, call.shape, "aten", self._unfused_convolution(call))]
+        step = self._step(call.layer, call.op, call.shape)
+        whole = step.implementation != "aten" or step.reason.startswith("the norm")
+        if whole or call.op != "bn_relu_maxpool":
+            return [step]
+        pool = Step("", "max pool", call.shape, "aten", "PyTorch's own")
+        return [self._step(call.layer, "bn_act", call.shape), pool]
 
+    def _convolution(self, call: _Call) -> list[Step]:
+        layer, _, shape, conv, before, behind = call
+        of = {op: self._choice(op, conv) for op in plan.CONV_OPS}
+        implementation, reason = of["conv_fwd"]
+        gradients = {op: of[op].implementation for op in ("conv_dgrad", "conv_wgrad")}
+        if set(gradients.values()) != {implementation}:
+            reason += "".join(f"; {op}: {name}" for op, name in gradients.items())
+        if implementation == "aten":
+            steps = [] if before is None else [self._step(before, "bn_act", shape)]
+            steps.append(Step(layer, "convolution", shape, "aten", reason))
+            if behind is not None and conv is not None:
+                steps.append(self._step(behind, "bn_stats", conv.out_shape))
+            return steps
+        steps = [] if before is None else [Step(before, "bn_act", shape, implementation, f"inside {layer}")]
+        steps.append(Step(layer, "conv_fwd", shape, implementation, reason))
+        if behind is not None and conv is not None:
+            steps.append(Step(behind, "bn_stats", conv.out_shape, implementation, f"inside {layer}"))
+        return steps
 
-def _step(
-    layer: str,
-    op: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    forced: str,
-    modules: dict[str, nn.Module],
-) -> Step:
-    module = modules.get(layer)
-    why = None
-    if module is not None and (op == "batch norm" or op.startswith("bn_")):
-        # what the shapes alone didn't tell: FrozenBatchNorm2d is plain in 16 bits
-        x = torch.empty(shape, dtype=dtype, device="meta") if op.startswith("bn_") else None
-        why = unfused_reason(module, None, x)
-    if op not in plan.ALL_OPS:
-        own = "not in a fused block" if op == "batch norm" else "PyTorch's own"
-        return Step(layer, op, shape, "aten", why or own)
-    if why is not None:
-        return Step(layer, op, shape, "aten", why)
-    implementation, reason = ops.choice(op, device, dtype, forced)
-    least = ops.served_from(op, device, dtype, forced)
-    values = torch.Size(shape).numel()
-    if least is not None and len(shape) == 4 and values < least:
-        implementation, reason = "aten", f"{values:,} values, {implementation} pays from {least:,}"
-    return Step(layer, op, shape, implementation, reason)
+    def _choice(self, op: str, conv: plan.Conv | None) -> plan.Choice:
+        return ops.choice(op, self.device, self.dtype, self.forced, conv)
+
+    def _unfused_convolution(self, call: _Call) -> str:
+        if call.conv is not None:
+            outside = plan.outside_contract(call.conv)
+            if outside is not None:
+                return outside
+        parts = call.layer.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            why = unfused_block_reason(self.modules[".".join(parts[:end])])
+            if why is not None:
+                return why
+        return "not in a fused block"
+
+    def _step(self, layer: str, op: str, shape: tuple[int, ...]) -> Step:
+        module = self.modules.get(layer)
+        why = None
+        if module is not None and (op == "batch norm" or op.startswith("bn_")):
+            # what the shapes alone didn't tell: FrozenBatchNorm2d is plain in 16 bits
+            x = torch.empty(shape, dtype=self.dtype, device="meta") if op.startswith("bn_") else None
+            why = unfused_reason(module, None, x)
+        if op not in plan.ALL_OPS:
+            own = "not in a fused block" if op == "batch norm" else "PyTorch's own"
+            return Step(layer, op, shape, "aten", why or own)
+        if why is not None:
+            return Step(layer, op, shape, "aten", why)
+        implementation, reason = self._choice(op, None)
+        least = ops.served_from(op, self.device, self.dtype, self.forced)
+        values = torch.Size(shape).numel()
+        if least is not None and len(shape) == 4 and values < least:
+            implementation, reason = "aten", f"{values:,} values, {implementation} pays from {least:,}"
+        return Step(layer, op, shape, implementation, reason)

@@ -26,7 +26,8 @@ MAXPOOL_OPS = (
     "bn_relu_maxpool_backward_apply",
 )
 AVGPOOL_OPS = ("global_avg_pool", "global_avg_pool_backward")
-ALL_OPS = (*BN_OPS, *MAXPOOL_OPS, *AVGPOOL_OPS, "cast_weights")
+CONV_OPS = ("conv_fwd", "conv_dgrad", "conv_wgrad")
+ALL_OPS = (*BN_OPS, *MAXPOOL_OPS, *AVGPOOL_OPS, "cast_weights", *CONV_OPS)
 # a few ops save passes over what others, and PyTorch's own, do as well: where an implementation hasn't
 # got one of these the callers take those, also if it is forced
 COMPOSED = frozenset(ALL_OPS) - frozenset(BN_OPS)
@@ -49,6 +50,25 @@ CANDIDATES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 LEAST_VALUES = {"cpu": {"float32": 1 << 20, "bfloat16": 1 << 19, "float16": 1 << 19}}
 
 
+class Conv(NamedTuple):
+    """The shape of a convolution: square filters, padded so that stride 1 keeps the size."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    filters: int
+    side: int
+    stride: int
+    dilation: int = 1
+    groups: int = 1
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        height, width = ((size - 1) // self.stride + 1 for size in (self.height, self.width))
+        return self.batch, self.filters, height, width
+
+
 class Problem(NamedTuple):
     """What the rules may look at."""
 
@@ -58,6 +78,7 @@ class Problem(NamedTuple):
     capability: tuple[int, int] | None = None  # of a CUDA device
     interpreted: bool = False  # Triton kernels run on the CPU (TRITON_INTERPRET=1)
     built_for: tuple[str, ...] | None = None  # CMAKE_CUDA_ARCHITECTURES of the CUDA kernels; None: any
+    conv: Conv | None = None  # None for the ops that have none, or for a question about any
 
 
 class Choice(NamedTuple):
@@ -80,6 +101,10 @@ def refusal(name: str, problem: Problem, unavailable: Mapping[str, str]) -> str 
         return f"{name} has no kernel for {problem.op}"
     if problem.dtype not in KERNEL_DTYPES:
         return f"no kernel for {problem.dtype} (there are float32, bfloat16 and float16)"
+    if problem.conv is not None:
+        why = outside_contract(problem.conv) or _no_multiple_of_eight(problem.conv)
+        if why is not None:
+            return why
     if name == "triton" and problem.interpreted:
         return None if problem.device == "cpu" else "TRITON_INTERPRET=1 interprets on the CPU alone"
     if problem.device != DEVICE[name]:
@@ -88,6 +113,21 @@ def refusal(name: str, problem: Problem, unavailable: Mapping[str, str]) -> str 
         have = ".".join(map(str, problem.capability or (0, 0)))
         return f"the GPU has compute capability {have}, kernels need 8.0"
     return _not_built_for(problem) if name == "cuda" else None
+
+
+def outside_contract(conv: Conv) -> str | None:
+    """Why the convolution ops don't take a shape; None if they do."""
+    if conv.groups != 1 or conv.dilation != 1:
+        return f"no op for groups or dilation, got {conv.groups} and {conv.dilation}"
+    if conv.side not in (1, 3) or conv.stride not in (1, 2):
+        return f"ops are 1x1 and 3x3 of stride 1 and 2, got {conv.side}x{conv.side} of stride {conv.stride}"
+    return None
+
+
+def _no_multiple_of_eight(conv: Conv) -> str | None:
+    if conv.channels % 8 or conv.filters % 8:
+        return f"channels and filters must be multiples of 8, got {conv.channels} and {conv.filters}"
+    return None
 
 
 def _not_built_for(problem: Problem) -> str | None:
@@ -130,6 +170,10 @@ def choose(problem: Problem, unavailable: Mapping[str, str], forced: str = "auto
     Raises:
         RuntimeError: the forced implementation can't serve; says why.
     """
+    if forced == "reference" and problem.conv is not None:
+        outside = outside_contract(problem.conv)
+        if outside is not None:
+            return Choice("aten", outside)
     if forced != "auto":
         why = refusal(forced, problem, unavailable)
         if why is not None:

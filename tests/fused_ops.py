@@ -15,7 +15,20 @@ class FusedOps(TorchDispatchMode):
         super().__init__()
         self.calls: Counter[str] = Counter()
 
+    @property
+    def names(self) -> dict[str, int]:
+        """Calls by op alone."""
+        return {name: n for name, n in self.calls.items() if " " not in name}
+
+    @property
+    def batch_norms(self) -> int:
+        """How many batch norms our ops made the vectors of."""
+        ways = ("bn_stats", "bn_running_stats", "conv_fwd with statistics")
+        return sum(self.calls[way] for way in ways)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "fusedres":
             self.calls[func._opname] += 1
+            if func._opname == "conv_fwd" and args[-1]:
+                self.calls["conv_fwd with statistics"] += 1
         return func(*args, **(kwargs or {}))

@@ -97,7 +97,7 @@ def test_the_breakdown_tells_our_kernels_from_aten(report: dict[str, Any]) -> No
     for entry in report["results"]:
         fused, plain = (entry["implementations"][name]["breakdown_ms"] for name in ("fused", "eager"))
         assert entry["fused_norm_share"] == 1
-        assert entry["fused_convolution_share"] == 0
+        assert entry["fused_convolution_share"] > 0.5
         assert fused["fusedres batch norm"] > 0 and fused["batch norm, ReLU"] == 0
         assert plain["fusedres batch norm"] == 0 and plain["batch norm, ReLU"] > 0
     assert report["results"][0]["implementations"]["eager"]["breakdown_ms"]["optimizer"] > 0
@@ -113,7 +113,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {line.split()[0]: line for line in out.splitlines() if line.startswith(("fused ", "eager "))}
     assert "1.00x" in rows["eager"]
     assert "share of batch-norm time in fusedres kernels: 100%" in out
-    assert "share of convolution time in fusedres kernels: 0%" in out
+    assert "share of convolution time in fusedres kernels: " in out
     assert "ceiling: " in out
     assert "inference" not in out and "note: " not in out
 

@@ -16,6 +16,20 @@ def of(explanation, layer):
     return [step for step in explanation if step.layer == layer]
 
 
+def test_a_fused_convolution_has_its_batch_norms_inside():
+    with fusedres.backend("reference"):
+        table = fusedres.explain(fusedres.resnet18(), (2, 3, 64, 64))
+    steps = [(s.layer, s.op, s.reason) for s in table if s.layer.startswith("layer1.0")]
+    assert steps == [
+        ("layer1.0.conv1", "conv_fwd", "forced"),
+        ("layer1.0.bn1", "bn_stats", "inside layer1.0.conv1"),
+        ("layer1.0.bn1", "bn_act", "inside layer1.0.conv2"),
+        ("layer1.0.conv2", "conv_fwd", "forced"),
+        ("layer1.0.bn2", "bn_stats", "inside layer1.0.conv2"),
+        ("layer1.0.bn2", "bn_act", "forced"),
+    ]
+
+
 @pytest.mark.skipif(not COMPILED, reason="the compiled module is not built")
 def test_every_layer_of_a_training_forward():
     model = fusedres.resnet50()
@@ -46,9 +60,11 @@ def test_what_runs_is_what_is_explained():
         table = fusedres.explain(model, (2, 3, 32, 32))
         with FusedOps() as seen:
             model(torch.zeros(2, 3, 32, 32))
-    ours = [s.op for s in table if s.implementation == "reference"]
+    ours = [
+        s.op for s in table if s.implementation == "reference" and not s.reason.startswith("inside layer")
+    ]
     assert {op: ours.count(op) for op in ours} == {
-        op: n for op, n in seen.calls.items() if op not in ("bn_update_running_", "bn_running_stats")
+        op: n for op, n in seen.names.items() if op not in ("bn_update_running_", "bn_running_stats")
     }
 
 
@@ -79,6 +95,17 @@ def test_unfused_layers_say_why():
     table = fusedres.explain(model, (16, 3, 224, 224))
     assert of(table, "layer1.0.bn1")[0][3:] == ("aten", "the norm has a hook")
     assert of(table, "layer2.0.bn1")[0].implementation == "aten"
+    assert of(table, "layer1.0.conv1")[0][3:] == ("aten", "the norm has a hook")
+    assert of(table, "layer2.0.conv2")[0].reason == "the activation is a GELU, not an nn.ReLU or nn.Identity"
+    assert "no kernel for conv_fwd" in of(table, "layer3.0.conv1")[0].reason
+    assert of(table, "conv1")[0].reason.startswith("ops are 1x1 and 3x3 of stride 1 and 2, got 7x7")
+    with fusedres.backend("reference"):
+        table = fusedres.explain(fusedres.ResNet50(groups=4, width_per_group=16), (2, 3, 64, 64))
+    grouped = of(table, "layer1.0.conv2")[0]
+    assert grouped.op == "convolution" and grouped[3:] == (
+        "aten",
+        "no op for groups or dilation, got 4 and 1",
+    )
 
 
 def test_what_no_kernel_has_in_one_pass_is_explained_in_two():

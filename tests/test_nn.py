@@ -358,12 +358,12 @@ def test_every_batch_norm_of_a_block_is_fused(reference, case):
     block, x, norms = block_of(case)
     with FusedOps() as ops:
         block(x.requires_grad_()).sum().backward()
-    assert ops.calls["bn_stats"] == ops.calls["bn_update_running_"] == norms
-    # the projection's goes with the one at the end of the block
-    passes = norms - ("projection" in case)
-    assert ops.calls["bn_act"] == passes
-    assert ops.calls["bn_act_backward_reduce"] + ops.calls["bn_act_backward_reduce_"] == passes
-    assert ops.calls["bn_act_backward_apply"] + ops.calls["bn_act_backward_apply_"] == passes
+    # convolutions take every pass but those at the block's end
+    assert ops.calls["conv_fwd with statistics"] == ops.calls["bn_update_running_"] == norms
+    assert ops.calls["bn_stats"] == 0 and ops.calls["bn_act"] == 1
+    assert ops.calls["conv_dgrad"] == ops.calls["conv_wgrad"] == norms
+    assert ops.calls["bn_act_backward_reduce"] + ops.calls["bn_act_backward_reduce_"] == 1
+    assert ops.calls["bn_act_backward_apply"] + ops.calls["bn_act_backward_apply_"] == (case == "plain")
 
 
 @pytest.mark.parametrize("case", BLOCKS)
@@ -406,21 +406,21 @@ def test_hooks_of_the_projection_are_called(reference):
 
     def run() -> tuple[Tensor, int]:
         with FusedOps() as ops, torch.no_grad():
-            return block(x), ops.calls["bn_act"]
+            return block(x), ops.calls["conv_fwd"]
 
-    out, passes = run()
-    assert passes == 2
-    for module, name, expected in (
-        (block.downsample[0], "conv", 2),
-        (block.downsample[1], "norm", 2),
-        (block.downsample, "sequential", 2),
+    out, convolutions = run()
+    assert convolutions == 3
+    for module, name in (
+        (block.downsample[0], "conv"),
+        (block.downsample[1], "norm"),
+        (block.downsample, "sequential"),
     ):
         called.clear()
         handle = module.register_forward_hook(lambda *_, n=name: called.append(n))
-        hooked, passes = run()
+        hooked, convolutions = run()
         handle.remove()
         assert called == [name]
-        assert passes == expected
+        assert convolutions == 0
         torch.testing.assert_close(hooked, out, rtol=1e-4, atol=1e-5)
 
 

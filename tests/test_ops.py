@@ -31,6 +31,12 @@ def arguments(name, dtype=torch.float32, layout="channels_last"):
     stats, r_stats = (OPS.bn_stats(t, weight, bias, 1e-5) for t in (x, r))
     sums, r_sums = torch.randn(2, SUMS_ROWS, channels)
     pooled, index = OPS.bn_relu_maxpool(x, stats)
+    filters = activation((4, 5, 3, 3), dtype, layout)
+    du, y = (activation((2, 4, 2, 2), dtype, layout) for _ in range(2))
+    image, more = (activation((2, 5, 4, 4), dtype, layout) for _ in range(2))
+    y_stats = OPS.bn_stats(y, None, None, 1e-5)
+    y_sums = torch.randn(SUMS_ROWS, 4)
+    square = activation((6, 5, 1, 1), dtype, layout)
     small = torch.float16 if dtype == torch.float32 else dtype
     return {
         "bn_stats": [(x, weight, bias, 1e-5), (x, None, None, 1e-5)],
@@ -66,6 +72,23 @@ def arguments(name, dtype=torch.float32, layout="channels_last"):
         "bn_relu_maxpool_backward_apply": [(pooled, index, x, stats, sums), (pooled, index, x, stats, None)],
         "global_avg_pool": [(x,)],
         "global_avg_pool_backward": [(activation((2, 5, 1, 1), dtype), 3, 4)],
+        "conv_fwd": [
+            (x, None, None, None, False, filters, 2, None, None, 1e-5, False),
+            (x, stats, None, None, True, filters, 1, torch.randn(4), torch.randn(4), 1e-5, True),
+            (x, stats, r, None, True, square, 1, None, None, 1e-5, True),
+            (x, stats, r, r_stats, True, square, 1, None, None, 1e-5, True),
+        ],
+        "conv_dgrad": [
+            (du, None, None, None, filters, 2, 4, 4, None, 0, None, None, False, False),
+            (du, y, y_stats, y_sums, filters, 2, 4, 4, None, 0, image, stats, True, True),
+            (du, None, y_stats, None, filters, 2, 4, 4, activation((2, 7, 2, 2), dtype, layout), 1)
+            + (image, stats, True, False),
+            (du, y, y_stats, y_sums, filters, 2, 4, 4, more, 0, None, None, False, False),
+        ],
+        "conv_wgrad": [
+            (du, None, None, None, image, None, False, filters, 2),
+            (du, y, y_stats, y_sums, image, stats, True, filters, 2),
+        ],
         "cast_weights": [([activation(layout=layout), activation((4, 3, 1, 1), layout=layout)], small)],
     }[name]
 
@@ -168,6 +191,34 @@ def test_refusals_of_the_pools_and_casts():
         OPS.cast_weights([x], torch.float64)
 
 
+def test_refusals_of_the_convolutions():
+    x, weight = activation(), torch.randn(4, 5, 3, 3)
+    stats = OPS.bn_stats(x, None, None, 1e-5)
+    fwd = (False, weight, 1, None, None, 1e-5, False)
+    with pytest.raises(
+        ValueError, match=r"weight must be \[K, 5, 1, 1\] or \[K, 5, 3, 3\], got \[4, 5, 5, 5\]"
+    ):
+        OPS.conv_fwd(x, None, None, None, False, torch.randn(4, 5, 5, 5), *fwd[2:])
+    with pytest.raises(TypeError, match=r"weight must be torch.float32, got torch.bfloat16"):
+        OPS.conv_fwd(x, None, None, None, False, weight.bfloat16(), *fwd[2:])
+    with pytest.raises(ValueError, match="stride must be 1 or 2, got 3"):
+        OPS.conv_fwd(x, None, None, None, False, weight, 3, *fwd[3:])
+    with pytest.raises(ValueError, match="a residual needs stats, and a 1x1 convolution of stride 1"):
+        OPS.conv_fwd(x, stats, x, None, *fwd)
+    with pytest.raises(ValueError, match=r"du must be \[2, 4, 4, 3\] on cpu, got \[2, 5, 4, 3\]"):
+        OPS.conv_wgrad(x, None, None, None, x, None, False, weight, 1)
+    du = activation((2, 4, 4, 3))
+    with pytest.raises(ValueError, match="y_sums needs y and y_stats"):
+        OPS.conv_wgrad(du, None, None, torch.zeros(SUMS_ROWS, 4), x, None, False, weight, 1)
+    no_x = (None, None, False, False)
+    with pytest.raises(ValueError, match=r"add must be \[2, C, 4, 3\] or every second pixel of it"):
+        OPS.conv_dgrad(du, None, None, None, weight, 1, 4, 3, activation((2, 5, 3, 3)), 0, *no_x)
+    with pytest.raises(ValueError, match="add has no 5 channels from 1 on"):
+        OPS.conv_dgrad(du, None, None, None, weight, 1, 4, 3, x, 1, *no_x)
+    with pytest.raises(ValueError, match="x and x_stats must both be given"):
+        OPS.conv_dgrad(du, None, None, None, weight, 1, 4, 3, None, 0, x, None, True, False)
+
+
 def test_backend_forces_and_refuses():
     x = activation()
     with fusedres.backend("reference"):
@@ -189,6 +240,11 @@ def test_backend_forces_and_refuses():
     assert ops.forced_backend() == "auto"
 
 
+def conv(**facts):
+    shape = {"batch": 8, "channels": 64, "height": 9, "width": 9, "filters": 64, "side": 3, "stride": 1}
+    return plan.Conv(**shape | facts)
+
+
 def problem(**facts):
     return plan.Problem(
         **{"op": "bn_act", "device": "cuda", "dtype": "bfloat16", "capability": (9, 0)} | facts
@@ -208,6 +264,10 @@ def problem(**facts):
         ({"device": "cpu", "capability": None}, {}, "cpu", "first choice on cpu"),
         ({"device": "cpu", "capability": None}, {"cpu": "not built"}, "aten", "not built"),
         ({"device": "mps", "capability": None}, {}, "aten", "no kernels for mps devices"),
+        ({"op": "conv_fwd", "device": "cpu"}, {}, "aten", "cpu has no kernel for conv_fwd"),
+        ({"op": "conv_fwd", "conv": conv(groups=4)}, {}, "aten", "no op for groups or dilation, got 4 and 1"),
+        ({"op": "conv_fwd", "conv": conv(side=7)}, {}, "aten", "ops are 1x1 and 3x3 .*, got 7x7"),
+        ({"op": "conv_fwd", "conv": conv(channels=12)}, {}, "aten", "multiples of 8, got 12 and 64"),
     ],
 )
 def test_plan(facts, unavailable, expected, reason):

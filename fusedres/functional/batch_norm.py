@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -34,19 +35,27 @@ class BatchNorm(NamedTuple):
     momentum: float = 0.1
     eps: float = 1e-5
 
+    def vectors(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """weight and bias as the ops on ``x`` take them."""
+        dtype = ops.stats_dtype(x)
+        weight = None if self.weight is None else self.weight.to(dtype).contiguous()
+        bias = None if self.bias is None else self.bias.to(dtype).contiguous()
+        return weight, bias
+
     def stats(self, x: Tensor) -> Tensor:
         """The per-channel vectors that normalise ``x``; updates the running ones when training."""
         with torch.no_grad():
-            dtype = ops.stats_dtype(x)
-            weight = None if self.weight is None else self.weight.to(dtype).contiguous()
-            bias = None if self.bias is None else self.bias.to(dtype).contiguous()
+            vectors = self.vectors(x)
             if not self.training:
-                return _OPS.bn_running_stats(self.running_mean, self.running_var, weight, bias, self.eps)  # type: ignore[no-any-return]
-            stats: Tensor = _OPS.bn_stats(x, weight, bias, self.eps)
-            if self.running_mean is not None:
-                count = x.numel() // x.shape[1]
-                _OPS.bn_update_running_(self.running_mean, self.running_var, stats, count, self.momentum)
+                return _OPS.bn_running_stats(self.running_mean, self.running_var, *vectors, self.eps)  # type: ignore[no-any-return]
+            stats: Tensor = _OPS.bn_stats(x, *vectors, self.eps)
+            self.update(stats, x.numel() // x.shape[1])
             return stats
+
+    def update(self, stats: Tensor, count: int) -> None:
+        """Take a batch's statistics, of ``count`` values per channel, into the running ones."""
+        if self.running_mean is not None:
+            _OPS.bn_update_running_(self.running_mean, self.running_var, stats, count, self.momentum)
 
     def plain(self, x: Tensor) -> Tensor:
         """PyTorch's own."""
@@ -73,9 +82,13 @@ def check_activation(x: Tensor) -> None:
         raise TypeError(f"x must be floating point, got {x.dtype}")
 
 
-def check_batch_norm(x: Tensor, norm: BatchNorm, prefix: str = "") -> None:
+def check_batch_norm(
+    x: Tensor, norm: BatchNorm, prefix: str = "", shape: tuple[int, ...] | None = None
+) -> None:
+    """Raises unless ``norm`` fits ``x``, or an activation like it of another ``shape``."""
     check_activation(x)
-    channels = x.shape[1]
+    shape = x.shape if shape is None else shape
+    channels = shape[1]
     for name, v in zip(norm._fields[:4], norm[:4], strict=True):
         if v is None:
             continue
@@ -92,9 +105,9 @@ def check_batch_norm(x: Tensor, norm: BatchNorm, prefix: str = "") -> None:
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{prefix}running_mean and {prefix}running_var must both be given, or neither")
     if norm.training:
-        if x.numel() == channels:
+        if math.prod(shape) == channels:
             raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {x.shape}"
+                f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}"
             )
     elif norm.running_mean is None:
         raise ValueError(f"{prefix}running_mean and {prefix}running_var are needed when training=False")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,64 @@ from fusedres.functional.autograd import (
 from fusedres.functional.batch_norm import BatchNorm, check_batch_norm
 
 _OPS = torch.ops.fusedres
+
+
+class Reduced(NamedTuple):
+    """What the first pass of a backward leaves: the gradient and, if asked, its sums.
+
+    With ``relu`` the ReLU's mask is still to be applied.
+    """
+
+    grad: Tensor
+    owned: bool
+    relu: bool
+    sums: Tensor | None
+    residual_sums: Tensor | None
+
+
+def reduce(
+    grad: Tensor,
+    owned: bool,
+    x: Tensor,
+    z: Tensor | None,
+    stats: Tensor,
+    residual: Tensor | None,
+    residual_stats: Tensor | None,
+    relu: bool,
+    sums: bool,
+) -> Reduced:
+    """The first pass of the backward of ``bn_act``.
+
+    Args:
+        grad: [N, C, H, W], of the output.
+        owned: whether ``grad`` may be written over.
+        x: [N, C, H, W], the batch norm's input.
+        z: [N, C, H, W], the output, where a residual went through the ReLU; else the mask is computed from x.
+        stats: [5, C].
+        residual: [N, C, H, W], a residual with a batch norm of its own whose sums are wanted, too.
+        residual_stats: [5, C], its vectors.
+        relu: there was a ReLU.
+        sums: whether any are wanted.
+    """
+    of_x: Tensor | None = None
+    of_residual: Tensor | None = None
+    if z is None or not relu:
+        if sums:
+            _, of_x, of_residual = _OPS.bn_act_backward_reduce(
+                grad, x, None, stats, residual, residual_stats, relu
+            )
+    else:
+        relu = False
+        if not sums:
+            grad, owned = torch.ops.aten.threshold_backward(grad, z, 0), True
+        elif owned:
+            of_x, of_residual = _OPS.bn_act_backward_reduce_(grad, x, z, stats, residual, residual_stats)
+        else:
+            grad, of_x, of_residual = _OPS.bn_act_backward_reduce(
+                grad, x, z, stats, residual, residual_stats, True
+            )
+            owned = True
+    return Reduced(grad, owned, relu, of_x, of_residual)
 
 
 class BNAct(torch.autograd.Function):
@@ -71,25 +129,19 @@ class BNAct(torch.autograd.Function):
         if not grad.is_contiguous(memory_format=layout):
             grad, owned = grad.contiguous(memory_format=layout), True
         need_x, need_residual, *need_params = ctx.needs_input_grad[:6]
-        # from here on grad may be du, the gradient behind the ReLU: then relu is False
-        relu = ctx.relu
         of_x = any(need_params[:2]) or (ctx.training[0] and need_x)
         of_branch = branch is not None and (any(need_params[2:]) or (ctx.training[1] and need_residual))
-        sums = branch_sums = None
-        side: tuple[Tensor | None, ...]
-        if of_x or of_branch:
-            side = (branch, branch_stats) if of_branch else (None, None)
-            if not ctx.through_relu:
-                _, sums, branch_sums = _OPS.bn_act_backward_reduce(grad, x, None, stats, *side, relu)
-            elif owned:
-                sums, branch_sums = _OPS.bn_act_backward_reduce_(grad, x, z, stats, *side)
-            else:
-                grad, sums, branch_sums = _OPS.bn_act_backward_reduce(grad, x, z, stats, *side, True)
-                owned = True
-        elif ctx.through_relu:
-            grad = torch.ops.aten.threshold_backward(grad, z, 0)
-            owned = True
-        relu = relu and not ctx.through_relu
+        grad, owned, relu, sums, branch_sums = reduce(
+            grad,
+            owned,
+            x,
+            z,
+            stats,
+            branch if of_branch else None,
+            branch_stats if of_branch else None,
+            ctx.relu,
+            of_x or of_branch,
+        )
 
         through = sums if ctx.training[0] else None
         branch_through = branch_sums if ctx.training[1] else None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fusedres.kernels.rows import MEAN, NOWHERE, OFFSET, RSTD, SCALE, SHIFT, SLOPE, VAR
 
@@ -184,3 +185,89 @@ def global_avg_pool_backward(grad: Tensor, dx: Tensor) -> None:
 def cast_weights(weights: list[Tensor], out: list[Tensor]) -> None:
     for weight, cast in zip(weights, out, strict=True):
         cast.copy_(weight)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
+
+
+def conv_fwd(
+    x: Tensor,
+    stats: Tensor | None,
+    residual: Tensor | None,
+    residual_stats: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    stride: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    z: Tensor | None,
+    y: Tensor,
+    y_stats: Tensor | None,
+) -> None:
+    activation = x
+    if stats is not None:
+        activation = torch.empty_like(x) if z is None else z
+        bn_act(x, stats, residual, residual_stats, relu, activation)
+    y.copy_(F.conv2d(_wide(activation), _wide(weight), None, stride, weight.shape[2] // 2))
+    if y_stats is not None:
+        bn_stats(y, norm_weight, norm_bias, eps, y_stats)
+
+
+def _output_gradient(du: Tensor, y: Tensor | None, y_stats: Tensor | None, y_sums: Tensor | None) -> Tensor:
+    """The gradient of a convolution's raw output, from that behind its batch norm."""
+    if y_stats is None:
+        return _wide(du)
+    # without sums y isn't looked at
+    return _wide(_apply(_wide(du), du if y is None else y, y_stats, y_sums).to(du.dtype))
+
+
+def conv_dgrad(
+    du: Tensor,
+    y: Tensor | None,
+    y_stats: Tensor | None,
+    y_sums: Tensor | None,
+    weight: Tensor,
+    stride: int,
+    add: Tensor | None,
+    first: int,
+    x: Tensor | None,
+    x_stats: Tensor | None,
+    relu: bool,
+    dx: Tensor,
+    x_sums: Tensor | None,
+) -> None:
+    dy = _output_gradient(du, y, y_stats, y_sums)
+    gradient = conv2d_input(  # type: ignore[no-untyped-call]
+        dx.shape, _wide(weight), dy, stride, weight.shape[2] // 2
+    )
+    if add is not None:
+        compact = add.shape[2:] != dx.shape[2:]
+        of = gradient[:, :, ::2, ::2] if compact else gradient
+        of += add[:, first : first + dx.shape[1]]
+    gradient = gradient.to(dx.dtype)
+    if x is not None and x_stats is not None:
+        gradient = _du(gradient, x, None, x_stats, relu)
+        if x_sums is not None:
+            _reduce(_wide(gradient), x, x_stats, x_sums)
+    dx.copy_(gradient)
+
+
+def conv_wgrad(
+    du: Tensor,
+    y: Tensor | None,
+    y_stats: Tensor | None,
+    y_sums: Tensor | None,
+    x: Tensor,
+    x_stats: Tensor | None,
+    relu: bool,
+    stride: int,
+    dweight: Tensor,
+) -> None:
+    if x_stats is not None:
+        u = _affine(x, x_stats)
+        x = (torch.relu(u) if relu else u).to(x.dtype)
+    dy = _output_gradient(du, y, y_stats, y_sums)
+    padding = dweight.shape[2] // 2
+    dweight.copy_(conv2d_weight(_wide(x), dweight.shape, dy, stride, padding))  # type: ignore[no-untyped-call]

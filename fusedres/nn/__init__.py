@@ -4,18 +4,16 @@ from fusedres.nn.blocks import (
     BasicBlock,
     Bottleneck,
     NormLayer,
-    PadShortcut,
     PlainBlock,
     TraceForScript,
     Variant,
-    Zeros,
     conv1x1,
     conv3x3,
-    one_of,
-    shortcut,
+    unfused_block_reason,
 )
 from fusedres.nn.casts import cast_weights, convolve
 from fusedres.nn.fuse import batch_norm_act, batch_norm_act_maxpool, global_avg_pool, unfused_reason
+from fusedres.nn.shortcut import PadShortcut, Zeros, one_of, shortcut
 
 __all__ = [
     "BasicBlock",
@@ -35,5 +33,6 @@ __all__ = [
     "global_avg_pool",
     "one_of",
     "shortcut",
+    "unfused_block_reason",
     "unfused_reason",
 ]

@@ -6,42 +6,15 @@ from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedres.nn.casts import convolve
-from fusedres.nn.fuse import altered, batch_norm_act, traced
+from fusedres.nn.chain import Pairs, fused_chain, unfused_chain_reason
+from fusedres.nn.fuse import batch_norm_act
+from fusedres.nn.shortcut import one_of, shortcut
 
 Variant = Literal["v1.5", "v1"]
-Zeros = Literal["end", "split"]
 NormLayer = Callable[..., nn.Module]
-
-
-def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError unless the argument ``name`` has one of the allowed values."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def shortcut(downsample: nn.Module | None, x: Tensor) -> tuple[Tensor, nn.Module | None]:
-    """The shortcut of a block, and the norm that it still has to go through: ``batch_norm_act``'s last two.
-
-    Args:
-        downsample: None for an identity; of an nn.Sequential of two children the second is left to the end
-            of the block, to be fused there.
-        x: [N, C, H, W], the block's input.
-    """
-    if downsample is None:
-        return x, None
-    if (
-        type(downsample) is nn.Sequential
-        and len(downsample) == 2
-        and altered(downsample) is None
-        and traced(x) is None
-    ):
-        conv, norm = downsample
-        return convolve(conv, x), norm
-    return downsample(x), None
 
 
 class TraceForScript(nn.Module):
@@ -63,38 +36,6 @@ def conv3x3(inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilati
 
 def conv1x1(inplanes: int, planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inplanes, planes, 1, stride, bias=False)
-
-
-class PadShortcut(nn.Module):
-    """Option A of He et al. 2015, section 3.3: subsampling, and zeros for the new channels.
-
-    Args:
-        inplanes: channels of the input.
-        planes: channels of the output.
-        stride: of the subsampling.
-        zeros: "end" puts the zero channels behind the input's, "split" half of them on either side.
-
-    Shapes:
-        [N, inplanes, H, W] -> [N, planes, ceil(H / stride), ceil(W / stride)]
-
-    Raises:
-        ValueError: an unknown ``zeros``, or fewer channels out than in.
-    """
-
-    def __init__(self, inplanes: int, planes: int, stride: int, zeros: Zeros = "end") -> None:
-        super().__init__()
-        one_of("zeros", zeros, ("end", "split"))
-        if planes < inplanes:
-            raise ValueError(f"planes must be at least inplanes, {inplanes}, got {planes}")
-        self.stride = stride
-        before = (planes - inplanes) // 2 if zeros == "split" else 0
-        self.padding = (before, planes - inplanes - before)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *self.padding))
-
-    def extra_repr(self) -> str:
-        return f"stride={self.stride}, padding={self.padding}"
 
 
 class BasicBlock(TraceForScript):
@@ -151,7 +92,15 @@ class BasicBlock(TraceForScript):
         self.downsample = downsample
         self.stride = stride
 
+    @property
+    def pairs(self) -> Pairs:
+        """The convolutions, each with the norm behind it."""
+        return ((self.conv1, self.bn1), (self.conv2, self.bn2))
+
     def forward(self, x: Tensor) -> Tensor:
+        fused = fused_chain(self.pairs, self.relu, x, self.downsample)
+        if fused is not None:
+            return fused
         out = batch_norm_act(self.bn1, self.relu, convolve(self.conv1, x))
         out = convolve(self.conv2, out)
         return batch_norm_act(self.bn2, self.relu, out, *shortcut(self.downsample, x))
@@ -161,6 +110,9 @@ class PlainBlock(BasicBlock):
     """A basic block without its shortcut: the plain nets of He et al. 2015, section 3.3."""
 
     def forward(self, x: Tensor) -> Tensor:
+        fused = fused_chain(self.pairs, self.relu, x, shortcut=False)
+        if fused is not None:
+            return fused
         out = batch_norm_act(self.bn1, self.relu, convolve(self.conv1, x))
         return batch_norm_act(self.bn2, self.relu, convolve(self.conv2, out))
 
@@ -218,8 +170,24 @@ class Bottleneck(TraceForScript):
         self.downsample = downsample
         self.stride = stride
 
+    @property
+    def pairs(self) -> Pairs:
+        """The convolutions, each with the norm behind it."""
+        return ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
+
     def forward(self, x: Tensor) -> Tensor:
+        fused = fused_chain(self.pairs, self.relu, x, self.downsample)
+        if fused is not None:
+            return fused
         out = batch_norm_act(self.bn1, self.relu, convolve(self.conv1, x))
         out = batch_norm_act(self.bn2, self.relu, convolve(self.conv2, out))
         out = convolve(self.conv3, out)
         return batch_norm_act(self.bn3, self.relu, out, *shortcut(self.downsample, x))
+
+
+def unfused_block_reason(block: nn.Module) -> str | None:
+    """Why a residual block doesn't run as one Function, whatever its input; None if it does, or is none."""
+    if not isinstance(block, BasicBlock | Bottleneck):
+        return None
+    downsample = None if isinstance(block, PlainBlock) else block.downsample
+    return unfused_chain_reason(block.pairs, block.relu, downsample)

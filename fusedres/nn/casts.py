@@ -84,6 +84,14 @@ def _is_what_autocast_would_take(cast: Tensor, conv: Any, x: Tensor) -> bool:
     )
 
 
+def weight_of(conv: nn.Module, x: Tensor) -> Tensor:
+    """The weight that :func:`cast_weights` made for ``conv`` if there is one, else its own."""
+    weight = _casts.of.get(id(conv))
+    if weight is not None and _is_what_autocast_would_take(weight, conv, x):
+        return weight
+    return conv._parameters["weight"]  # type: ignore[return-value]
+
+
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """``conv(x)``, with the weight that :func:`cast_weights` made for it if there is one."""
     if torch.compiler.is_compiling():

@@ -18,7 +18,12 @@ _PLAIN = (Tensor, nn.Parameter)
 _PLAIN_OR_NONE = (*_PLAIN, type(None))
 
 
-def _is_frozen(norm: nn.Module) -> bool:
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether it is a tensor without a subclass's own ways."""
+    return type(tensor) in _PLAIN
+
+
+def is_frozen(norm: nn.Module) -> bool:
     # by name: importing torchvision takes a second, and who has such a module has imported it
     kind = type(norm)
     return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc"
@@ -81,7 +86,7 @@ def unfused_reason(
         residual: [N, C, H, W], what is added in between.
     """
     frozen = type(norm) is not nn.BatchNorm2d
-    if frozen and not _is_frozen(norm):
+    if frozen and not is_frozen(norm):
         return f"the norm is a {type(norm).__name__}, not an nn.BatchNorm2d or FrozenBatchNorm2d"
     why = altered(norm)
     if why is not None:
@@ -121,7 +126,7 @@ def unfused_reason(
     return None
 
 
-def _contract(norm: Any) -> functional.BatchNorm:
+def batch_norm_of(norm: Any) -> functional.BatchNorm:
     """The arguments that ``norm``'s own forward would give F.batch_norm."""
     weight, bias, mean, var = _tensors(norm)
     training, momentum = False, None
@@ -169,8 +174,8 @@ def batch_norm_act(
             residual, residual_norm = batch_norm_act(residual_norm, None, residual), None
     if unfused_reason(norm, act, x, residual) is None:
         # in the order of the plain calls
-        branch = None if residual_norm is None else _contract(residual_norm)
-        own = _contract(norm)
+        branch = None if residual_norm is None else batch_norm_of(residual_norm)
+        own = batch_norm_of(norm)
         return functional.bn_act(
             x,
             *own[:4],
@@ -208,7 +213,7 @@ def batch_norm_act_maxpool(norm: nn.Module, act: nn.Module, pool: nn.Module, x: 
         and type(act) is nn.ReLU
         and unfused_reason(norm, act, x) is None
     ):
-        own = _contract(norm)
+        own = batch_norm_of(norm)
         return functional.bn_relu_maxpool(
             x, *own[:4], training=own.training, momentum=own.momentum, eps=own.eps
         )

@@ -19,8 +19,10 @@ from fusedres.ops import (
     bn_relu_maxpool,
     bn_stats,
     cast_weights,
+    conv,
     global_avg_pool,
 )
+from fusedres.ops.conv import shape_of as conv_shape
 from fusedres.ops.dispatch import backend, choice, forced_backend, layout, served, served_from
 from fusedres.ops.tensors import Op, stats_dtype
 
@@ -28,6 +30,7 @@ __all__ = [
     "OPS",
     "backend",
     "choice",
+    "conv_shape",
     "forced_backend",
     "layout",
     "served",
@@ -37,7 +40,7 @@ __all__ = [
 
 OPS: dict[str, Op] = {
     name: op
-    for module in (bn_stats, bn_act, bn_act_backward, bn_relu_maxpool, global_avg_pool, cast_weights)
+    for module in (bn_stats, bn_act, bn_act_backward, bn_relu_maxpool, global_avg_pool, cast_weights, conv)
     for name, op in module.OPS.items()
 }
 

@@ -45,9 +45,11 @@ def _check_backend(name: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(plan.BACKENDS)}, got {name!r}")
 
 
-@functools.lru_cache(maxsize=1024)
-def choice(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> plan.Choice:
-    """The implementation that serves ``op`` on ``device``, and why."""
+@functools.lru_cache(maxsize=4096)
+def choice(
+    op: str, device: torch.device, dtype: torch.dtype, forced: str, conv: plan.Conv | None = None
+) -> plan.Choice:
+    """The implementation that serves ``op`` on ``device``, and why; ``conv``: on that shape."""
     _check_backend(forced)
     problem = plan.Problem(
         op=op,
@@ -56,6 +58,7 @@ def choice(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> pl
         capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
         interpreted=os.environ.get("TRITON_INTERPRET") == "1",
         built_for=kernels.cuda_architectures(),
+        conv=conv,
     )
     return plan.choose(problem, kernels.unavailable(), forced)
 
@@ -72,13 +75,15 @@ def served_from(op: str, device: torch.device, dtype: torch.dtype, forced: str) 
 served_from._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def served(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> bool:
+def served(
+    op: str, device: torch.device, dtype: torch.dtype, forced: str, conv: plan.Conv | None = None
+) -> bool:
     """Whether a kernel of ours runs, and not the PyTorch operators that an op can be composed of."""
-    return choice(op, device, dtype, forced).implementation != "aten"
+    return choice(op, device, dtype, forced, conv).implementation != "aten"
 
 
-def kernel(op: str, x: Tensor) -> Callable[..., None]:
-    name = choice(op, x.device, x.dtype, forced_backend()).implementation
+def kernel(op: str, x: Tensor, conv: plan.Conv | None = None) -> Callable[..., None]:
+    name = choice(op, x.device, x.dtype, forced_backend(), conv).implementation
     return getattr(kernels.load("reference" if name == "aten" else name), op)  # type: ignore[no-any-return]
 
 

@@ -1,0 +1,306 @@
+"""A chain of convolutions, their batch norms and a shortcut as one autograd Function.
+
+Between the convolutions flow values that are not written (``pending``), so what is kept for the backward is
+the input, the raw outputs and the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fusedres import _ownership, ops
+from fusedres.functional.autograd import backend_of, not_differentiable_again, parameter_gradients
+from fusedres.functional.batch_norm import BatchNorm
+from fusedres.functional.bn_act import reduce
+from fusedres.functional.pending import Added, Geometry, Pending, PendingGradient, served
+
+_OPS = torch.ops.fusedres
+
+
+class ConvNorm(NamedTuple):
+    """A convolution without bias, padded to keep the size at stride 1, and the batch norm behind it.
+
+    Args:
+        weight: [K, C / groups, R, R], R odd, dtype of the activations.
+        norm: over K channels.
+        stride: of both axes.
+        dilation: of both axes.
+        groups: as in :func:`torch.nn.functional.conv2d`.
+    """
+
+    weight: Tensor
+    norm: BatchNorm
+    stride: int = 1
+    dilation: int = 1
+    groups: int = 1
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.stride, self.dilation, self.groups)
+
+
+class Pad(NamedTuple):
+    """The shortcut of option A (He et al. 2015, section 3.3): subsampling, and zeros for the new channels.
+
+    Args:
+        stride: of the subsampling, 1 or 2.
+        before: zero channels ahead of the input's.
+        after: zero channels behind them.
+    """
+
+    stride: int
+    before: int
+    after: int
+
+    def of(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
+
+
+# what is added at the end: nothing, the chain's input, that input through the last of the convolutions,
+# another tensor, or the input padded
+Shortcut = Literal["none", "identity", "projection", "residual"] | Pad
+
+
+class _Link(NamedTuple):
+    """A convolution and its batch norm in the backward: what isn't a tensor."""
+
+    geometry: Geometry
+    training: bool
+    dtypes: tuple[torch.dtype | None, torch.dtype | None]
+
+    @classmethod
+    def of(cls, conv: ConvNorm) -> _Link:
+        weight, bias = conv.norm[:2]
+        dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
+        return cls(conv.geometry, conv.norm.training, dtypes)
+
+
+class _Conv(NamedTuple):
+    """A convolution and its batch norm in the backward: its tensors, and which gradients are wanted."""
+
+    geometry: Geometry
+    training: bool
+    weight: Tensor
+    y: Tensor
+    stats: Tensor
+    source: Pending
+    of_source: bool
+    of_weight: bool
+    of_norm: bool
+
+    @property
+    def of_y(self) -> bool:
+        """Whether the raw output's gradient is wanted."""
+        return self.of_source or self.of_weight
+
+    @property
+    def sums(self) -> bool:
+        """Whether the sums over its channels are wanted."""
+        return self.of_norm or (self.training and self.of_y)
+
+    @property
+    def fused(self) -> bool:
+        """Whether a kernel of ours consumes the pending gradient."""
+        return any(
+            wanted and served(op, self.source.y, self.weight, self.geometry)
+            for op, wanted in (("conv_wgrad", self.of_weight), ("conv_dgrad", self.of_source))
+        )
+
+    def pending(
+        self, du: Tensor, sums: Tensor | None, *, relu: bool = False, owned: bool = False
+    ) -> PendingGradient:
+        through = sums if self.training else None
+        return PendingGradient(du, self.y, self.stats, through, relu=relu, owned=owned)
+
+
+def run(
+    x: Tensor, residual: Tensor | None, convs: Sequence[ConvNorm], shortcut: Shortcut, relu: bool
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The output, and the raw output of each convolution with its vectors."""
+    raw: list[tuple[Tensor, Tensor]] = []
+    flow = Pending(x)
+    for conv in convs[:-1] if shortcut == "projection" else convs:
+        raw.append(flow.convolve(conv.weight, conv.geometry, conv.norm))
+        flow = Pending(*raw[-1], relu)
+    y, stats = raw[-1]
+    residual_stats = None
+    if shortcut == "projection":
+        raw.append(Pending(x).convolve(convs[-1].weight, convs[-1].geometry, convs[-1].norm))
+        residual, residual_stats = raw[-1]
+    elif isinstance(shortcut, Pad):
+        residual = shortcut.of(x)
+    elif shortcut == "identity":
+        residual = x
+    return _OPS.bn_act(y, stats, residual, residual_stats, relu), raw
+
+
+class Chain(torch.autograd.Function):
+    """Convolutions with their batch norms, the shortcut's add and the ReLU.
+
+    Saved for backward: the input, the raw outputs with their per-channel vectors, the weights and, where a
+    residual went through the ReLU, the output. Activations between the convolutions are computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        convs: Sequence[ConvNorm],
+        shortcut: Shortcut,
+        relu: bool,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        """``parameters``: weight, and the batch norm's weight and bias, of each convolution in turn."""
+        z, raw = run(x, residual, convs, shortcut, relu)
+        ctx.links = tuple(map(_Link.of, convs))
+        ctx.shortcut, ctx.relu, ctx.backend = shortcut, relu, ops.forced_backend()
+        tensors = [t for w, (y, stats) in zip(parameters[::3], raw, strict=True) for t in (w, y, stats)]
+        through_relu = relu and shortcut != "none"
+        ctx.save_for_backward(x, z if through_relu else None, *tensors)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        holders = _ownership.references(grad)
+        grad = not_differentiable_again(grad)
+        owned = _ownership.owned(grad, holders)
+        with backend_of(ctx):
+            return Chain._backward(ctx, grad, owned)
+
+    @staticmethod
+    @once_differentiable
+    def _backward(ctx: Any, grad: Tensor, owned: bool) -> tuple[Tensor | None, ...]:
+        x, z, *tensors = ctx.saved_tensors
+        of_x, of_residual, _, _, _, *of_parameters = ctx.needs_input_grad
+        layout = ops.layout(x)
+        if not grad.is_contiguous(memory_format=layout):
+            grad, owned = grad.contiguous(memory_format=layout), True
+        convs: list[_Conv] = []
+        source, wanted = Pending(x), of_x
+        for link, (weight, y, stats), (of_weight, *of_norm) in zip(
+            ctx.links, _threes(tensors), _threes(of_parameters), strict=True
+        ):
+            if ctx.shortcut == "projection" and link is ctx.links[-1]:
+                source, wanted = Pending(x), of_x
+            conv = _Conv(
+                link.geometry, link.training, weight, y, stats, source, wanted, of_weight, any(of_norm)
+            )
+            convs.append(conv)
+            source, wanted = Pending(y, stats, ctx.relu), conv.of_y or conv.of_norm
+        gradients = _Gradients(convs, ctx.shortcut, ctx.relu)
+        dx, dresidual = gradients.run(grad, owned, z)
+        norms = parameter_gradients(
+            gradients.sums,
+            [n for needs in _threes(of_parameters) for n in needs[1:]],
+            [dtype for link in ctx.links for dtype in link.dtypes],
+        )
+        parameters: list[Tensor | None] = []
+        for dweight, dnorm in zip(gradients.weights, zip(norms[::2], norms[1::2], strict=True), strict=True):
+            parameters += [dweight, *dnorm]
+        return dx, dresidual if of_residual else None, None, None, None, *parameters
+
+
+class _Gradients:
+    """The backward of a chain, from its last convolution to its first.
+
+    Args:
+        convs: the convolutions, a projection last.
+        shortcut: what is added.
+        relu: between the convolutions and at the end.
+    """
+
+    def __init__(self, convs: list[_Conv], shortcut: Shortcut, relu: bool) -> None:
+        self.convs, self.shortcut, self.relu = convs, shortcut, relu
+        self.weights: list[Tensor | None] = [None] * len(convs)
+        self.sums: list[Tensor | None] = [None] * len(convs)
+
+    def run(self, grad: Tensor, owned: bool, z: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """The gradients of the input and of a residual of its own; fills ``weights`` and ``sums``."""
+        projected = self.shortcut == "projection"
+        last = len(self.convs) - 1 - projected
+        conv = self.convs[last]
+        branch = self.convs[-1] if projected else None
+        of_branch = branch if branch is not None and branch.sums else None
+        du, owned, relu, self.sums[last], branch_sums = reduce(
+            grad,
+            owned,
+            conv.y,
+            z,
+            conv.stats,
+            None if of_branch is None else of_branch.y,
+            None if of_branch is None else of_branch.stats,
+            self.relu,
+            conv.sums or of_branch is not None,
+        )
+        add: Added | None = None
+        if branch is None:
+            gradient = conv.pending(du, self.sums[last], relu=relu, owned=owned and self.shortcut == "none")
+            if isinstance(self.shortcut, Pad):
+                add = Added(du, self.shortcut.before)
+            elif self.shortcut == "identity":
+                add = Added(du)
+        else:
+            self.sums[-1] = branch_sums
+            gradient, other = _split(conv, branch, du, owned, self.sums[last], branch_sums)
+            add = self._through_projection(branch, other)
+        return self._through_chain(gradient, last, add), du
+
+    def _through_projection(self, conv: _Conv, gradient: PendingGradient) -> Added | None:
+        weight, geometry, x = conv.weight, conv.geometry, conv.source.y
+        if conv.of_weight:
+            self.weights[-1] = gradient.of_weight(conv.source, weight, geometry)
+        if not conv.of_source:
+            return None
+        if weight.shape[2] == 1 and geometry.stride == 2:
+            # every second pixel went in: their gradient, as if there were no others
+            x, geometry = x[:, :, ::2, ::2], geometry._replace(stride=1)
+        return Added(gradient.of_input(x, weight, geometry, None))
+
+    def _through_chain(self, gradient: PendingGradient, last: int, add: Added | None) -> Tensor | None:
+        for i in range(last, -1, -1):
+            conv = self.convs[i]
+            if conv.of_weight:
+                self.weights[i] = gradient.of_weight(conv.source, conv.weight, conv.geometry)
+            if not conv.of_source:
+                return None
+            if i == 0:
+                return gradient.of_input(conv.source.y, conv.weight, conv.geometry, add)
+            before = self.convs[i - 1]
+            du, relu, self.sums[i - 1] = gradient.of_pending(
+                conv.source, conv.weight, conv.geometry, before.sums
+            )
+            if not before.of_y:
+                return None
+            gradient = before.pending(du, self.sums[i - 1], relu=relu, owned=True)
+        return None
+
+
+def _split(
+    conv: _Conv,
+    branch: _Conv,
+    du: Tensor,
+    owned: bool,
+    sums: Tensor | None,
+    branch_sums: Tensor | None,
+) -> tuple[PendingGradient, PendingGradient]:
+    """The gradients of the last convolution and of the projection: in one pass if both have to be written."""
+    gradient, of_branch = conv.pending(du, sums), branch.pending(du, branch_sums)
+    if conv.of_y and branch.of_y and not conv.fused and not branch.fused:
+        arguments = (gradient.y, gradient.stats, gradient.sums, of_branch.y, of_branch.stats, of_branch.sums)
+        if owned:
+            other = _OPS.bn_act_backward_apply_(du, *arguments, False)
+        else:
+            du, other = _OPS.bn_act_backward_apply(du, *arguments, False)
+        return PendingGradient(du), PendingGradient(other)
+    return gradient, of_branch
+
+
+def _threes(values: Sequence[Any]) -> list[Any]:
+    return list(zip(values[::3], values[1::3], values[2::3], strict=True))

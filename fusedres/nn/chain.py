@@ -1,0 +1,129 @@
+"""From the children of a block to one autograd Function: which blocks are fused, and why others aren't."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedres import functional
+from fusedres.nn.casts import weight_of
+from fusedres.nn.fuse import altered, batch_norm_of, is_frozen, is_plain, traced, unfused_reason
+from fusedres.nn.shortcut import PadShortcut
+
+# a convolution and the norm behind it
+Pairs = Sequence[tuple[nn.Module, nn.Module]]
+
+
+def _projection(downsample: nn.Module | None) -> tuple[nn.Module, nn.Module] | None:
+    """The convolution and the norm of a projection shortcut."""
+    if type(downsample) is nn.Sequential and len(downsample) == 2:
+        return downsample[0], downsample[1]
+    return None
+
+
+def _unfused_conv_reason(conv: Any) -> str | None:
+    if type(conv) is not nn.Conv2d:
+        return f"a convolution is a {type(conv).__name__}, not an nn.Conv2d"
+    why = altered(conv)
+    if why is not None:
+        return f"a convolution {why}"
+    if not is_plain(conv._parameters.get("weight")):
+        return "a convolution's weight isn't a plain tensor"
+    side, stride, dilation = conv.kernel_size[0], conv.stride[0], conv.dilation[0]
+    if (
+        conv._parameters["bias"] is not None
+        or conv.padding_mode != "zeros"
+        or side % 2 == 0
+        or conv.kernel_size != (side, side)
+        or conv.stride != (stride, stride)
+        or conv.dilation != (dilation, dilation)
+        or conv.padding != (dilation * (side // 2),) * 2
+    ):
+        return "a convolution has a bias, or isn't square and padded with zeros to keep the size"
+    return None
+
+
+def unfused_chain_reason(pairs: Pairs, act: nn.Module, downsample: nn.Module | None = None) -> str | None:
+    """Why a block can't run as one Function, whatever its input; None if it can.
+
+    Args:
+        pairs: its convolutions, each with the norm behind it.
+        act: the activation behind each norm.
+        downsample: the module of its shortcut; None without, or for an identity.
+    """
+    projection = _projection(downsample)
+    if projection is not None:
+        pairs = (*pairs, projection)
+    elif downsample is not None and type(downsample) is not PadShortcut:
+        return f"the shortcut is a {type(downsample).__name__}"
+    if downsample is not None:
+        why = altered(downsample)
+        if why is not None:
+            return f"the shortcut {why}"
+    for conv, norm in pairs:
+        why = _unfused_conv_reason(conv) or unfused_reason(norm, act)
+        if why is not None:
+            return why
+    return None
+
+
+def _unfused_input_reason(pairs: Pairs, x: Tensor, projected: bool) -> str | None:
+    if x.dim() != 4:
+        return f"the input is {x.dim()}D"
+    dtype = x.dtype
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        if dtype != x.dtype and not projected:
+            return f"the shortcut adds {x.dtype} to autocast's {dtype}"
+    for _, norm in pairs:
+        if is_frozen(norm) and norm._buffers["weight"].dtype != dtype:  # type: ignore[union-attr]
+            return f"FrozenBatchNorm2d promotes {dtype} with its buffers"
+    return None
+
+
+def fused_chain(
+    pairs: Pairs,
+    act: nn.Module,
+    x: Tensor,
+    downsample: nn.Module | None = None,
+    *,
+    shortcut: bool = True,
+) -> Tensor | None:
+    """A block as one Function; None where its children have to be called one by one.
+
+    Args:
+        pairs: two or three convolutions, each with the norm behind it.
+        act: the activation behind each norm, and behind the sum.
+        x: [N, C, H, W], bf16 | fp16 | fp32, channels_last or NCHW.
+        downsample: the module of the shortcut; None for an identity.
+        shortcut: whether there is one.
+    """
+    # before a parameter is read, which fx would record
+    if torch.compiler.is_compiling() or traced(x) is not None:
+        return None
+    if unfused_chain_reason(pairs, act, downsample) is not None:
+        return None
+    projection = _projection(downsample)
+    every = pairs if projection is None else (*pairs, projection)
+    if _unfused_input_reason(every, x, projection is not None or not shortcut) is not None:
+        return None
+    convs = [_contract(conv, norm, x) for conv, norm in every]
+    relu = type(act) is nn.ReLU
+    if not shortcut:
+        return functional.plain_block(x, *convs, relu=relu)
+    by: functional.ConvNorm | functional.Pad | None = None
+    if projection is not None:
+        by = convs.pop()
+    elif isinstance(downsample, PadShortcut):
+        by = functional.Pad(downsample.stride, *downsample.padding)
+    block: Any = functional.basic_block if len(convs) == 2 else functional.bottleneck
+    return block(x, *convs, by, relu=relu)  # type: ignore[no-any-return]
+
+
+def _contract(conv: Any, norm: nn.Module, x: Tensor) -> functional.ConvNorm:
+    weight = weight_of(conv, x)
+    return functional.ConvNorm(weight, batch_norm_of(norm), conv.stride[0], conv.dilation[0], conv.groups)
