@@ -116,8 +116,15 @@ CONFIGS: dict[str, tuple[BnConfig, ...]] = {
 }
 # second pass over the partial sums of all programs: 8 channels are a 32-byte sector of float32
 FINALIZE = BnConfig(block_m=128, block_c=8, num_warps=4)
+# the same over many programs: a column of sums is one multiprocessor's, which needs more of them under way
+FINALIZE_MANY = BnConfig(block_m=512, block_c=8, num_warps=16)
 # vectors of one value per channel
 PER_CHANNEL = BnConfig(block_m=1, block_c=128, num_warps=4)
+
+
+def finalize(programs: int) -> BnConfig:
+    """How the partial sums of ``programs`` programs become one."""
+    return FINALIZE if programs <= FINALIZE_MANY.block_m else FINALIZE_MANY
 
 
 def is_valid(config: BnConfig, problem: BnProblem, arch: tuple[int, int]) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 import triton
 import triton.language as tl
 
@@ -19,6 +20,25 @@ from fusedres.kernels.triton.common import normalise
 VEC = tl.constexpr(config.VEC)
 # Triton's interpreter multiplies the bits of bf16: there, operands are widened, which changes no product
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+MAX_BLOCK_M = 256
+
+
+def check_sizes(x: torch.Size, weight: torch.Size, out: torch.Size) -> None:
+    """Positions, elements of the weight, and offsets from the first position of a tile are int32.
+
+    Args:
+        x: shape of the input.
+        weight: shape of the weight.
+        out: shape of the output.
+
+    Raises:
+        ValueError: one of them is too large.
+    """
+    positions = max(x.numel() // x[1], out.numel() // out[1])
+    # a tile of stride 2 lies on four times its pixels; it begins and ends inside of rows, a tap is a row away
+    pixels = 4 * MAX_BLOCK_M + 6 * (x[3] + 1)
+    if max(positions + MAX_BLOCK_M, weight.numel(), pixels * max(x[1], out[1])) >= 2**31:
+        raise ValueError(f"too large for int32: x {list(x)}, weight {list(weight)}, output {list(out)}")
 
 
 @triton.jit
@@ -43,6 +63,21 @@ def pixel(b_m, height, width):
 
 
 @triton.jit
+def advance(b_image, b_row, b_column, images, rows, columns, height, width):
+    """The position [b_image, b_row, b_column] in [N, height, width], moved on by [images, rows, columns].
+
+    An addition of digits: cheaper than the divisions of ``pixel``.
+    """
+    b_column += columns
+    b_carry = b_column >= width
+    b_column = tl.where(b_carry, b_column - width, b_column)
+    b_row += rows + b_carry.to(tl.int32)
+    b_carry = b_row >= height
+    b_row = tl.where(b_carry, b_row - height, b_row)
+    return b_image + images + b_carry.to(tl.int32), b_row, b_column
+
+
+@triton.jit
 def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
     if INTERPRETED:
         b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
@@ -50,11 +85,28 @@ def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def activation(b_x, stats, b_c, channels, RELU: tl.constexpr):
-    """relu(x * scale + shift) in x's dtype: what a batch norm has left to be done; x itself without stats."""
+def activation(
+    b_x, stats, b_c, channels, RELU: tl.constexpr, b_residual=None, residual_stats=None, b_there=None
+):
+    """relu(x * scale + shift (+ residual, or residual * its scale + its shift)) in x's dtype, 0 in rows that
+    aren't ``there``: what a batch norm has left to be done; x itself without stats.
+    """
     if stats is not None:
         b_u = normalise(b_x.to(tl.float32), stats, b_c, channels)
+        if b_residual is not None:
+            b_r = b_residual.to(tl.float32)
+            if residual_stats is not None:
+                b_r = normalise(b_r, residual_stats, b_c, channels)
+            b_u += b_r
+        if b_there is not None:
+            # before the ReLU, which then is one instruction with the conversion
+            b_u = tl.where(b_there[:, None], b_u, 0.0)
         if RELU:
             b_u = tl.where(b_u <= 0, 0.0, b_u)  # relu(NaN) is NaN
         b_x = b_u.to(b_x.dtype)
     return b_x
+
+
+def precision() -> str:
+    """How float32 is multiplied: by tensor cores if PyTorch's convolutions may be."""
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
