@@ -22,6 +22,7 @@ from typing import NoReturn
 from gpu_check_run import END, HEADER, Check, Part, Record, Results, deadline, run_here, run_parts
 
 try:
+    import gpu_check_convs
     import gpu_check_net
     import gpu_check_ops
     import torch
@@ -38,12 +39,15 @@ _MOST_WRONG = 10  # named in the summary of a part
 
 # in order; the seconds add up to less than TOTAL
 PARTS = {
-    "correct": Part(gpu_check_net.correct, 130, gpu_check_net.show_correct),
-    "copy": Part(gpu_check_ops.copy, 30, gpu_check_ops.show_copy),
-    "ops": Part(gpu_check_ops.ops, 120, gpu_check_ops.show_ops),
-    "train": Part(gpu_check_net.train, 90, gpu_check_net.show_train),
-    "compile": Part(gpu_check_net.compiled, 120, gpu_check_net.show_train),
-    "graph": Part(gpu_check_net.graph, 30, gpu_check_net.show_graph),
+    "correct": Part(gpu_check_net.correct, 105, gpu_check_net.show_correct),
+    "copy": Part(gpu_check_ops.copy, 15, gpu_check_ops.show_copy),
+    # what it finds stays on disk: the parts behind it run with that
+    "autotune": Part(gpu_check_convs.tune, 110, gpu_check_convs.show_tune),
+    "train": Part(gpu_check_net.train, 75, gpu_check_net.show_train),
+    "convs": Part(gpu_check_convs.convs, 45, gpu_check_convs.show_convs),
+    "ops": Part(gpu_check_ops.ops, 40, gpu_check_ops.show_ops),
+    "compile": Part(gpu_check_net.compiled, 115, gpu_check_net.show_train),
+    "graph": Part(gpu_check_net.graph, 15, gpu_check_net.show_graph),
 }
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import fusedres
 from fusedres import functional, kernels, ops
+from fusedres.cli.bench import breakdown, eager, measure, workload
 from fusedres.cli.bench import check as bench_check
-from fusedres.cli.bench import eager, measure, workload
 from fusedres.cli.bench.workload import Step, Workload
 from fusedres.functional import BatchNorm
 
@@ -29,6 +29,7 @@ _MOST_FAILURES = 20
 _TEST = re.compile(r"^(\S+?::.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 _UNFINISHED = re.compile(r"^(\S+?::.*\S)\s*$")
 _LEAST_MEMORY = 40 << 30  # bytes, for a batch of 256
+_PROFILING = 12.0  # seconds, of one side
 _MODELS = {True: "resnet18", False: "resnet50"}  # by tiny
 
 
@@ -167,6 +168,24 @@ def _train(check: Check, names: Sequence[str]) -> None:
             ratio_to_eager=samples["eager"].median_ms / ms.median_ms if "eager" in samples else None,
             peak_bytes=measure.peak_bytes(step, device),
         )
+    if check.part == "train":  # behind torch.compile operators' names say nothing
+        _profile(check, steps, device)
+
+
+def _profile(check: Check, steps: Mapping[str, Step], device: torch.device) -> None:
+    """Where the time of a step goes, the sides that matter most first."""
+    for name in reversed(steps):
+        if check.left() < _PROFILING:
+            check.record("out of time", implementation=name)
+            return
+        parts = breakdown.of(steps[name], device)
+        check.record(
+            "breakdown",
+            implementation=name,
+            fused_convolution_share=parts.fused_convolution_share,
+            fused_norm_share=parts.fused_norm_share,
+            ms=parts.ms,
+        )
 
 
 def _workload(check: Check) -> Workload:
@@ -247,6 +266,11 @@ def show_train(records: list[Record]) -> list[str]:
                 f"{record['model']}, batch {record['batch']}, {record['implementation']} "
                 f"({record['served_by']}): {record['images_per_second']:.1f} img/s"
                 f"{f', {ratio:.2f}x eager' if ratio else ''}, peak {record['peak_bytes'] / 2**20:,.0f} MiB"
+            )
+        elif record["name"] == "breakdown" and record["implementation"] != "eager":
+            lines.append(
+                f"{record['implementation']}: fused ops take {record['fused_convolution_share']:.0%} of the "
+                f"convolutions' time, {record['fused_norm_share']:.0%} of batch norm's and ReLU's"
             )
         elif record["name"] == "not measured":
             lines.append(f"{record['implementation']}: not measured, {record['reason']}")

@@ -72,6 +72,11 @@ def test_what_is_measured(tiny):
         part: {r["implementation"] for r in by[part] if "peak_bytes" in r} for part in ("train", "compile")
     }
     assert sides == {"train": {"reference", "auto", "eager"}, "compile": {"auto", "eager", "compile"}}
+    shares = {
+        r["implementation"]: r["fused_convolution_share"] for r in by["train"] if r["name"] == "breakdown"
+    }
+    assert shares.keys() == sides["train"] and shares["eager"] == 0 < shares["reference"] <= 1
+    assert not [record for record in by["compile"] if record["name"] == "breakdown"]
     first = [record for record in by["train"] if record["name"] == "first step"]
     for record in first:
         assert record["loss"] == pytest.approx(record["reference_loss"], rel=1e-3)
@@ -222,7 +227,7 @@ tests/test_a.py::test_five[a b]"""
         (
             ["--parts", "copy,speed"],
             2,
-            "no part 'speed', there are correct, copy, ops, train, compile, graph",
+            "no part 'speed', there are correct, copy, autotune, train, convs, ops, compile, graph",
         ),
         (["--device", "cpu"], 2, "--device cpu needs --tiny: the full sizes are a GPU's"),
         (["--parts", "copy"], 1, "no CUDA GPU was found by PyTorch"),
@@ -249,6 +254,21 @@ def test_list_and_help(capsys):
     with pytest.raises(SystemExit) as stop:
         gpu_check.main(["--help"])
     assert stop.value.code == 0 and "examples:\n  python benchmarks/gpu_check.py" in capsys.readouterr().out
+
+
+def test_the_fused_convolutions_beside_pytorchs(tiny):
+    _, records, _ = tiny
+    found = [record for record in records if record["part"] == "convs" and "ms" in record]
+    of = {dtype: [r for r in found if r["dtype"] == dtype] for dtype in ("bfloat16", "float16", "float32")}
+    assert {dtype: len(found) for dtype, found in of.items()} == {"bfloat16": 69, "float16": 9, "float32": 9}
+    for record in found:
+        assert record["times_plain"] == pytest.approx(record["plain_ms"] / record["ms"])
+        assert record["times_composed"] == pytest.approx(record["composed_ms"] / record["ms"])
+        assert record["share_of_floor"] == pytest.approx(record["floor_ms"] / record["ms"])
+    (reason,) = [
+        record["reason"] for record in records if record["part"] == "autotune" and "reason" in record
+    ]
+    assert reason.startswith("autotune needs a GPU with fused convolutions")
 
 
 def test_the_limits_fit_into_nine_minutes():
