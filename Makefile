@@ -12,7 +12,12 @@ EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/emulatio
 BUILD := CMakeLists.txt setup.py pyproject.toml $(CPP)
 HAS_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10))
 
-.PHONY: demo test lint test-main test-interpreted test-emulated test-core codegen bench format clean
+# what runs in Triton's interpreter, and what compiles for every architecture
+CONVS := tests/test_conv_fwd.py tests/test_conv_bias_act.py tests/test_conv_dgrad.py tests/test_conv_wgrad.py tests/test_stem_conv.py
+INTERPRETED := tests/test_gpu_kernels.py $(CONVS) tests/test_conv_bn_act.py tests/test_stem.py tests/test_traffic.py
+CODEGEN := tests/test_triton_codegen.py tests/test_cuda_codegen.py $(CONVS)
+
+.PHONY: demo test test-full lint test-main test-interpreted test-emulated test-core codegen bench format clean
 
 demo: .venv/ready
 	mkdir -p demo
@@ -23,6 +28,11 @@ demo: .venv/ready
 
 test: lint test-main test-interpreted test-emulated test-core
 
+# three training steps instead of one, also in the interpreter
+test-full: test
+	$(BIN)/python -m pytest tests -m full
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_training_step.py -m full
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,29 +40,29 @@ lint: .venv/ready
 	$(BIN)/clang-format --dry-run -Werror $(CPP) $(EMULATION)
 
 test-main: .venv/ready
-	$(BIN)/pytest tests --durations=10
+	$(BIN)/python -m pytest tests --durations=10
 
 # the Triton kernels on a CPU, in Triton's interpreter
 test-interpreted: .venv/ready
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_gpu_kernels.py tests/test_conv_fwd.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(INTERPRETED) tests/test_training_step.py
 
 # the CUDA kernels on a CPU, compiled by g++ with sanitizers over an emulation of the execution model
 test-emulated: .venv/ready
 	variables=$$($(BIN)/python tests/emulation/build.py --env); status=$$?; \
 	if [ $$status = 77 ]; then exit 0; fi; \
-	[ $$status = 0 ] && env $$variables $(BIN)/pytest tests/emulation tests/test_gpu_kernels.py \
+	[ $$status = 0 ] && env $$variables $(BIN)/python -m pytest tests/emulation tests/test_gpu_kernels.py \
 		tests/test_bn_relu_maxpool.py tests/test_global_avg_pool.py tests/test_cast_weights.py
 
 # a plain install without nvcc, Triton and torchvision, on another PyTorch
 test-core: .venv-core/ready
-	$(CORE_BIN)/pytest tests --durations=5 --ignore tests/test_cuda_codegen.py
+	$(CORE_BIN)/python -m pytest tests --durations=5 --ignore tests/test_cuda_codegen.py
 
 # every configuration of every kernel for every architecture
 codegen: .venv/ready
-	$(BIN)/pytest tests/test_triton_codegen.py tests/test_conv_fwd.py tests/test_cuda_codegen.py -m 'codegen or not codegen'
+	$(BIN)/python -m pytest -n auto $(CODEGEN) -m 'codegen or not codegen'
 
 bench: .venv/ready
-	$(BIN)/pytest benchmarks --benchmark-only --full --benchmark-autosave
+	$(BIN)/python -m pytest benchmarks --benchmark-only --full --benchmark-autosave
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

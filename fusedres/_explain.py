@@ -93,10 +93,16 @@ class _Recorder(TorchDispatchMode):
         name, ours = func._opname, func.namespace == "fusedres"
         if name == "conv_fwd":
             self._convolution(args, out)
+        elif name == "stem_conv":
+            x, weight, *norm, _, statistics, dtype = args
+            self.names[id(out[1])] = behind = self._layer(norm)
+            conv = ops.stem_shape(x, weight, dtype)
+            layer = self._layer([weight])
+            self.calls.append(_Call(layer, name, tuple(x.shape), conv, None, behind if statistics else None))
         elif (ours and name not in _PART_OF_ANOTHER) or name in _ATEN:
             shape = tuple(_tensors(args)[0].shape)
-            conv = _shape_of(args) if name == "convolution" else None
-            self.calls.append(_Call(self._layer(args), name if ours else _ATEN[name], shape, conv))
+            own = _shape_of(args) if name == "convolution" else None
+            self.calls.append(_Call(self._layer(args), name if ours else _ATEN[name], shape, own))
         if name in ("bn_stats", "bn_running_stats"):
             self.names[id(out)] = self._layer(args)
         self.kept.append((args, out))
@@ -107,7 +113,7 @@ class _Recorder(TorchDispatchMode):
         before = None if stats is None else self._layer([stats])
         behind = self._layer(norm) if statistics else None
         self.names[id(out[1])] = behind or ""
-        conv = ops.conv_shape(x, weight, stride)
+        conv = ops.conv_shape(x, weight, stride, pending=stats is not None)
         self.calls.append(_Call(self._layer([weight]), "conv_fwd", tuple(x.shape), conv, before, behind))
 
     def _layer(self, args: Iterable[Any]) -> str:
@@ -119,7 +125,7 @@ def _shape_of(args: Any) -> plan.Conv | None:
     x, weight, _, stride, _, dilation, _, _, groups = args
     if len(set(stride)) > 1 or len(set(dilation)) > 1 or x.dim() != 4:
         return None
-    return ops.conv_shape(x, weight, stride[0], dilation[0], groups)
+    return ops.conv_shape(x, weight, stride[0], dilation[0], groups, pending=False)
 
 
 def _tensors(args: Iterable[Any]) -> list[Tensor]:
@@ -186,7 +192,7 @@ class _Asked(NamedTuple):
 
     def steps(self, call: _Call) -> list[Step]:
         """What runs a call: one step, or those of which it is composed."""
-        if call.op == "conv_fwd":
+        if call.op in ("conv_fwd", "stem_conv"):
             return self._convolution(call)
         if call.op == "convolution":
             return [Step(call.layer, call.op, call.shape, "aten", self._unfused_convolution(call))]
@@ -198,10 +204,12 @@ class _Asked(NamedTuple):
         return [self._step(call.layer, "bn_act", call.shape), pool]
 
     def _convolution(self, call: _Call) -> list[Step]:
-        layer, _, shape, conv, before, behind = call
-        of = {op: self._choice(op, conv) for op in plan.CONV_OPS}
-        implementation, reason = of["conv_fwd"]
-        gradients = {op: of[op].implementation for op in ("conv_dgrad", "conv_wgrad")}
+        layer, forward, shape, conv, before, behind = call
+        of = {
+            op: self._choice(op, conv) for op in (plan.STEM_OPS if forward == "stem_conv" else plan.CONV_OPS)
+        }
+        implementation, reason, _ = of.pop(forward)
+        gradients = {op: choice.implementation for op, choice in of.items()}
         if set(gradients.values()) != {implementation}:
             reason += "".join(f"; {op}: {name}" for op, name in gradients.items())
         if implementation == "aten":
@@ -211,7 +219,7 @@ class _Asked(NamedTuple):
                 steps.append(self._step(behind, "bn_stats", conv.out_shape))
             return steps
         steps = [] if before is None else [Step(before, "bn_act", shape, implementation, f"inside {layer}")]
-        steps.append(Step(layer, "conv_fwd", shape, implementation, reason))
+        steps.append(Step(layer, forward, shape, implementation, reason))
         if behind is not None and conv is not None:
             steps.append(Step(behind, "bn_stats", conv.out_shape, implementation, f"inside {layer}"))
         return steps
@@ -243,7 +251,7 @@ class _Asked(NamedTuple):
             return Step(layer, op, shape, "aten", why or own)
         if why is not None:
             return Step(layer, op, shape, "aten", why)
-        implementation, reason = self._choice(op, None)
+        implementation, reason, _ = self._choice(op, None)
         least = ops.served_from(op, self.device, self.dtype, self.forced)
         values = torch.Size(shape).numel()
         if least is not None and len(shape) == 4 and values < least:

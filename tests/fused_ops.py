@@ -23,7 +23,8 @@ class FusedOps(TorchDispatchMode):
     @property
     def batch_norms(self) -> int:
         """How many batch norms our ops made the vectors of."""
-        ways = ("bn_stats", "bn_running_stats", "conv_fwd with statistics")
+        fused = ("conv_fwd with statistics", "stem_conv with statistics")
+        ways = ("bn_stats", "bn_running_stats", *fused)
         return sum(self.calls[way] for way in ways)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -31,4 +32,6 @@ class FusedOps(TorchDispatchMode):
             self.calls[func._opname] += 1
             if func._opname == "conv_fwd" and args[-1]:
                 self.calls["conv_fwd with statistics"] += 1
+            if func._opname == "stem_conv" and args[-2]:
+                self.calls["stem_conv with statistics"] += 1
         return func(*args, **(kwargs or {}))

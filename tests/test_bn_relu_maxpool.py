@@ -185,7 +185,7 @@ def test_double_backward_raises():
 def test_without_a_kernel_it_is_composed():
     """Where an implementation, also a forced one, hasn't got it: bn_act and a max pool."""
     choice = plan.choose(plan.Problem("bn_relu_maxpool", "cpu", "float32", interpreted=True), {}, "triton")
-    assert choice == ("aten", "triton has no kernel for bn_relu_maxpool")
+    assert choice[:2] == ("aten", "triton has no kernel for bn_relu_maxpool")
     x = distinct((2, 4, 6, 6)).double()
     ones, zeros = torch.ones(4).double(), torch.zeros(4).double()
     expected = eager(x, ones, zeros, zeros.clone(), ones.clone(), training=True)

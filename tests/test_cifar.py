@@ -102,7 +102,7 @@ def test_is_the_eager_network(training):
     with fusedres.backend("reference"), FusedOps() as calls:
         out = ours.train(training)(x)
         out.square().sum().backward()
-    assert calls.calls["bn_act"] == 13
+    assert calls.batch_norms == 13
     expected = theirs.train(training)(x)
     expected.square().sum().backward()
     torch.testing.assert_close(out, expected)
@@ -181,7 +181,7 @@ def test_trained_weights_on_the_test_images(data, fused_backend, depth, expected
     with torch.inference_mode(), FusedOps() as calls:
         for batch, target in zip(x.split(500), labels.split(500), strict=True):
             correct += int((model(batch).argmax(1) == target).sum())
-    assert calls.calls["bn_act"] == (depth - 1) * 20
+    assert calls.batch_norms == (depth - 1) * 20
     assert correct == expected
 
 
@@ -202,7 +202,7 @@ def test_training_from_trained_weights(data, fused_backend):
                 loss.backward()
                 optimizer.step()
                 of_model.append(loss.item())
-        assert calls.calls["bn_act"] == (0 if isinstance(model, EagerResNet) else 1900)
+        assert calls.batch_norms == (0 if isinstance(model, EagerResNet) else 1900)
         losses.append(torch.tensor(of_model))
     ours, eager = losses
     assert ((ours - eager).abs() / eager)[:10].max() < 1e-3

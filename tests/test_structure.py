@@ -24,6 +24,7 @@ LAYERS = [
     "_explain",
     "nn",
     "functional",
+    "autotune",
     "_ownership",
     "ops",
     "kernels",

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fusedres import __version__, ops, plan
-from fusedres.cli import bench, info, predict, train
+from fusedres.cli import autotune, bench, info, predict, train
 from fusedres.cli.errors import USAGE, CommandError
 
-COMMANDS = (bench, info, predict, train)
+COMMANDS = (autotune, bench, info, predict, train)
 INTERRUPTED = 130
 
 

@@ -64,7 +64,7 @@ def _served(op: str, device: torch.device) -> dict[str, Any]:
     served = {}
     for name, dtype in DTYPES.items():
         try:
-            implementation, reason = ops.choice(op, device, dtype, ops.forced_backend())
+            implementation, reason, _ = ops.choice(op, device, dtype, ops.forced_backend())
         except RuntimeError as error:  # a forced backend that can't: a fact to show, not a failure
             implementation, reason = "none", str(error)
         served[name] = {"implementation": implementation, "reason": reason}

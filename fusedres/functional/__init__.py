@@ -7,6 +7,7 @@ from fusedres.functional.cast_weights import cast_weights, casts_weights
 from fusedres.functional.chain import ConvNorm, Pad
 from fusedres.functional.conv_bn_act import basic_block, bottleneck, conv_bn_act, plain_block
 from fusedres.functional.global_avg_pool import global_avg_pool
+from fusedres.functional.stem import stem
 
 __all__ = [
     "BatchNorm",
@@ -21,4 +22,5 @@ __all__ = [
     "conv_bn_act",
     "global_avg_pool",
     "plain_block",
+    "stem",
 ]

@@ -232,21 +232,34 @@ def bn_act(
         _check_residual(x, residual, residual_norm)
     elif residual_norm is not None:
         raise ValueError("residual_norm needs a residual")
-    if not serves("bn_act", x, norm, residual_norm):
+    return bn_act_of(x, norm, None, residual, residual_norm, relu)
+
+
+def bn_act_of(
+    x: Tensor,
+    norm: BatchNorm,
+    stats: Tensor | None,
+    residual: Tensor | None = None,
+    residual_norm: BatchNorm | None = None,
+    relu: bool = True,
+) -> Tensor:
+    """The same; ``stats`` where what normalises ``x`` is known already, and the running ones are updated."""
+    if stats is None and not serves("bn_act", x, norm, residual_norm):
         return _plain_bn_act(x, norm, residual, residual_norm, relu)
     # once here rather than in every op, forward and backward
     layout = ops.layout(x)
     x = x.contiguous(memory_format=layout)
-    stats, residual_stats = norm.stats(x), None
+    stats, residual_stats = norm.stats(x) if stats is None else stats, None
     if residual_norm is None:
         residual_weight = residual_bias = None
     elif residual is not None:
         residual = residual.contiguous(memory_format=layout)
         residual_stats = residual_norm.stats(residual)
         residual_weight, residual_bias = residual_norm[:2]
+    weight, bias = norm[:2]
     if not differentiated(x, residual, weight, bias, residual_weight, residual_bias):
         return _OPS.bn_act(x, stats, residual, residual_stats, relu)  # type: ignore[no-any-return]
-    trained = (training, residual_norm is not None and residual_norm.training)
+    trained = (norm.training, residual_norm is not None and residual_norm.training)
     return BNAct.apply(  # type: ignore[no-any-return]
         x, residual, weight, bias, residual_weight, residual_bias, stats, residual_stats, relu, trained
     )

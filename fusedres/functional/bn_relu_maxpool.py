@@ -18,7 +18,7 @@ from fusedres.functional.autograd import (
     serves,
 )
 from fusedres.functional.batch_norm import BatchNorm, check_batch_norm
-from fusedres.functional.bn_act import bn_act
+from fusedres.functional.bn_act import bn_act_of
 
 _OPS = torch.ops.fusedres
 
@@ -89,10 +89,15 @@ def bn_relu_maxpool(
     """
     norm = BatchNorm(weight, bias, running_mean, running_var, training, momentum, eps)
     check_batch_norm(x, norm)
+    return bn_relu_maxpool_of(x, norm)
+
+
+def bn_relu_maxpool_of(x: Tensor, norm: BatchNorm, stats: Tensor | None = None) -> Tensor:
+    """The same; ``stats`` where what normalises ``x`` is known already, and the running ones are updated."""
     if not serves("bn_relu_maxpool", x, norm):
-        return F.max_pool2d(bn_act(x, *norm[:4], training=training, momentum=momentum, eps=eps), 3, 2, 1)
+        return F.max_pool2d(bn_act_of(x, norm, stats), 3, 2, 1)
     x = x.contiguous(memory_format=ops.layout(x))
-    stats = norm.stats(x)
-    if not differentiated(x, weight, bias):
+    stats = norm.stats(x) if stats is None else stats
+    if not differentiated(x, norm.weight, norm.bias):
         return _OPS.bn_relu_maxpool(x, stats)[0]  # type: ignore[no-any-return]
-    return BNReluMaxPool.apply(x, weight, bias, stats, training)  # type: ignore[no-any-return]
+    return BNReluMaxPool.apply(x, norm.weight, norm.bias, stats, norm.training)  # type: ignore[no-any-return]

@@ -108,7 +108,7 @@ class _Conv(NamedTuple):
     def fused(self) -> bool:
         """Whether a kernel of ours consumes the pending gradient."""
         return any(
-            wanted and served(op, self.source.y, self.weight, self.geometry)
+            wanted and served(op, self.source, self.weight, self.geometry)
             for op, wanted in (("conv_wgrad", self.of_weight), ("conv_dgrad", self.of_source))
         )
 
@@ -253,33 +253,35 @@ class _Gradients:
         return self._through_chain(gradient, last, add), du
 
     def _through_projection(self, conv: _Conv, gradient: PendingGradient) -> Added | None:
-        weight, geometry, x = conv.weight, conv.geometry, conv.source.y
+        source, weight, geometry = conv.source, conv.weight, conv.geometry
         if conv.of_weight:
-            self.weights[-1] = gradient.of_weight(conv.source, weight, geometry)
+            self.weights[-1] = gradient.of_weight(source, weight, geometry)
         if not conv.of_source:
             return None
         if weight.shape[2] == 1 and geometry.stride == 2:
             # every second pixel went in: their gradient, as if there were no others
-            x, geometry = x[:, :, ::2, ::2], geometry._replace(stride=1)
-        return Added(gradient.of_input(x, weight, geometry, None))
+            source, geometry = Pending(source.y[:, :, ::2, ::2]), geometry._replace(stride=1)
+        return Added(gradient.of_source(source, weight, geometry).gradient)
 
     def _through_chain(self, gradient: PendingGradient, last: int, add: Added | None) -> Tensor | None:
-        for i in range(last, -1, -1):
-            conv = self.convs[i]
+        for i in range(last, 0, -1):
+            conv, before = self.convs[i], self.convs[i - 1]
             if conv.of_weight:
                 self.weights[i] = gradient.of_weight(conv.source, conv.weight, conv.geometry)
             if not conv.of_source:
                 return None
-            if i == 0:
-                return gradient.of_input(conv.source.y, conv.weight, conv.geometry, add)
-            before = self.convs[i - 1]
-            du, relu, self.sums[i - 1] = gradient.of_pending(
-                conv.source, conv.weight, conv.geometry, before.sums
+            du, relu, self.sums[i - 1] = gradient.of_source(
+                conv.source, conv.weight, conv.geometry, sums=before.sums
             )
             if not before.of_y:
                 return None
             gradient = before.pending(du, self.sums[i - 1], relu=relu, owned=True)
-        return None
+        conv = self.convs[0]
+        if conv.of_weight:
+            self.weights[0] = gradient.of_weight(conv.source, conv.weight, conv.geometry)
+        if not conv.of_source:
+            return None
+        return gradient.of_source(conv.source, conv.weight, conv.geometry, add=add).gradient
 
 
 def _split(

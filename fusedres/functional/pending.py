@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres import ops
+from fusedres import autotune, ops, plan
 from fusedres.functional.batch_norm import BatchNorm
 
 _OPS = torch.ops.fusedres
@@ -30,9 +30,13 @@ class Geometry(NamedTuple):
         return self.dilation * (weight.shape[2] // 2)
 
 
-def served(op: str, x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    """Whether a kernel of ours runs the convolution ``op`` of ``x``."""
-    shape = ops.conv_shape(x, weight, *geometry)
+def shape_of(source: Pending, weight: Tensor, geometry: Geometry) -> plan.Conv:
+    return ops.conv_shape(source.y, weight, *geometry, pending=source.stats is not None)
+
+
+def served(op: str, source: Pending, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a kernel of ours runs the convolution ``op`` of ``source``, as far as is known."""
+    x, shape = source.y, shape_of(source, weight, geometry)
     return ops.served(op, x.device, x.dtype, ops.forced_backend(), shape)
 
 
@@ -50,27 +54,36 @@ class Pending(NamedTuple):
 
     def convolve(self, weight: Tensor, geometry: Geometry, norm: BatchNorm) -> tuple[Tensor, Tensor]:
         """The raw output and the per-channel vectors that normalise it; updates the running ones."""
-        if served("conv_fwd", self.y, weight, geometry):
-            vectors = norm.vectors(self.y)
-            y, stats, _ = _OPS.conv_fwd(
-                *(self.y, self.stats, None, None, self.relu, weight, geometry.stride),
-                *(*vectors, norm.eps, norm.training),
-            )
-            if norm.training:
-                norm.update(stats, y.numel() // y.shape[1])
+        vectors = norm.vectors(self.y)
+
+        def run(fused: bool) -> tuple[Tensor, Tensor | None]:
+            if fused:
+                y, stats, _ = _OPS.conv_fwd(
+                    *(self.y, self.stats, None, None, self.relu, weight, geometry.stride),
+                    *(*vectors, norm.eps, norm.training),
+                )
                 return y, stats
-        else:
-            y = F.conv2d(
-                self.value(),
-                weight,
-                None,
-                geometry.stride,
-                geometry.padding(weight),
-                geometry.dilation,
-                geometry.groups,
-            )
+            stride, dilation, groups = geometry
+            y = F.conv2d(self.value(), weight, None, stride, geometry.padding(weight), dilation, groups)
             y = y.contiguous(memory_format=ops.layout(y))
-        return y, norm.stats(y)
+            return y, _OPS.bn_stats(y, *vectors, norm.eps) if norm.training else None
+
+        y, stats = run(autotune.fused("conv_fwd", self.y, shape_of(self, weight, geometry), run))
+        if stats is None or not norm.training:
+            return y, norm.stats(y)
+        norm.update(stats, y.numel() // y.shape[1])
+        return y, stats
+
+
+class SourceGradient(NamedTuple):
+    """The gradient behind the batch norm that a source still had ahead, or of a source that had none.
+
+    With ``relu`` the ReLU's mask is still to be applied. ``sums`` are over the channels, if asked.
+    """
+
+    gradient: Tensor
+    relu: bool = False
+    sums: Tensor | None = None
 
 
 class PendingGradient:
@@ -116,42 +129,54 @@ class PendingGradient:
             self.value()
         return self.du, self.y, self.stats, self.sums
 
+    def _unowned(self) -> PendingGradient:
+        """The same, to be run through without a trace."""
+        return PendingGradient(self.du, self.y, self.stats, self.sums, relu=self.relu)
+
     def of_weight(self, source: Pending, weight: Tensor, geometry: Geometry) -> Tensor:
         """The gradient of the weight that met ``source``."""
-        if served("conv_wgrad", source.y, weight, geometry):
-            return _OPS.conv_wgrad(*self._operands(), *source, weight, geometry.stride)  # type: ignore[no-any-return]
-        return _aten(self.value(), source.value(), weight, geometry, 1)
 
-    def of_input(self, x: Tensor, weight: Tensor, geometry: Geometry, add: Added | None) -> Tensor:
-        """The gradient of the input ``x``, and of what else it went to."""
-        if served("conv_dgrad", x, weight, geometry):
-            more = (None, 0) if add is None else add.for_kernel()
-            dx, _ = _OPS.conv_dgrad(
-                *(*self._operands(), weight, geometry.stride, *x.shape[2:]),
-                *(*more, None, None, False, False),
-            )
-            return dx  # type: ignore[no-any-return]
-        dx = _aten(self.value(), x, weight, geometry, 0)
-        return dx if add is None else add.to(dx)
+        def run(fused: bool, gradient: PendingGradient) -> Tensor:
+            if fused:
+                return _OPS.conv_wgrad(*gradient._operands(), *source, weight, geometry.stride)  # type: ignore[no-any-return]
+            return _aten(gradient.value(), source.value(), weight, geometry, 1)
 
-    def of_pending(
-        self, source: Pending, weight: Tensor, geometry: Geometry, sums: bool
-    ) -> tuple[Tensor, bool, Tensor | None]:
-        """The gradient behind the batch norm that ``source`` is made by, and if asked its sums.
+        shape = shape_of(source, weight, geometry)
+        fused = autotune.fused("conv_wgrad", source.y, shape, lambda f: run(f, self._unowned()))
+        return run(fused, self)
 
-        The flag in between says that the ReLU's mask is still to be applied to the gradient.
-        """
-        y, stats, relu = source
-        if served("conv_dgrad", y, weight, geometry):
-            du, of_y = _OPS.conv_dgrad(
-                *(*self._operands(), weight, geometry.stride, *y.shape[2:]),
-                *(None, 0, y, stats, relu, sums),
-            )
-            return du, False, of_y if sums else None
-        du = _aten(self.value(), y, weight, geometry, 0).contiguous(memory_format=ops.layout(y))
-        if not sums:
-            return du, relu, None
-        return du, relu, _OPS.bn_act_backward_reduce(du, y, None, stats, None, None, relu)[1]
+    def of_source(
+        self,
+        source: Pending,
+        weight: Tensor,
+        geometry: Geometry,
+        *,
+        add: Added | None = None,
+        sums: bool = False,
+    ) -> SourceGradient:
+        """The gradient of ``source``, with ``add``, what came by another way."""
+        x, stats, relu = source
+
+        def run(fused: bool, gradient: PendingGradient) -> SourceGradient:
+            if fused:
+                more = (None, 0) if add is None else add.for_kernel(x.shape[1])
+                behind = (None, None, False, False) if stats is None else (x, stats, relu, sums)
+                dx, of_x = _OPS.conv_dgrad(
+                    *gradient._operands(), weight, geometry.stride, *x.shape[2:], *more, *behind
+                )
+                return SourceGradient(dx, sums=of_x if sums else None)
+            dx = _aten(gradient.value(), x, weight, geometry, 0)
+            dx = dx.contiguous(memory_format=ops.layout(x))
+            if add is not None:
+                add.to(dx)
+            if stats is None or not sums:
+                return SourceGradient(dx, relu and stats is not None)
+            reduced = _OPS.bn_act_backward_reduce(dx, x, None, stats, None, None, relu)
+            return SourceGradient(dx, relu, reduced[1])
+
+        shape = shape_of(source, weight, geometry)
+        fused = autotune.fused("conv_dgrad", x, shape, lambda f: run(f, self._unowned()))
+        return run(fused, self)
 
 
 class Added(NamedTuple):
@@ -163,17 +188,19 @@ class Added(NamedTuple):
     gradient: Tensor
     first: int = 0
 
-    def for_kernel(self) -> tuple[Tensor, int]:
+    def of(self, channels: int) -> Tensor:
+        return self.gradient[:, self.first : self.first + channels]
+
+    def for_kernel(self, channels: int) -> tuple[Tensor, int]:
         # its loads are 16 bytes wide
         if self.first % 8 == 0 and self.gradient.shape[1] % 8 == 0:
             return self
-        return self.gradient[:, self.first :].contiguous(memory_format=torch.channels_last), 0
+        return self.of(channels).contiguous(memory_format=torch.channels_last), 0
 
-    def to(self, dx: Tensor) -> Tensor:
-        more = self.gradient[:, self.first : self.first + dx.shape[1]]
+    def to(self, dx: Tensor) -> None:
+        more = self.of(dx.shape[1])
         place = dx if more.shape[2:] == dx.shape[2:] else dx[:, :, ::2, ::2]
         place.add_(more)
-        return dx
 
 
 def _aten(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, which: int) -> Tensor:

@@ -14,7 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from fusedres.kernels.rows import MEAN, NOWHERE, OFFSET, RSTD, SCALE, SHIFT, SLOPE, VAR
+from fusedres.kernels.rows import (
+    MEAN,
+    NOWHERE,
+    OFFSET,
+    RSTD,
+    SCALE,
+    SHIFT,
+    SLOPE,
+    STEM_BORDER,
+    STEM_CHANNELS,
+    STEM_SIDE,
+    VAR,
+)
 
 
 def _per_channel(v: Tensor) -> Tensor:
@@ -271,3 +283,29 @@ def conv_wgrad(
     dy = _output_gradient(du, y, y_stats, y_sums)
     padding = dweight.shape[2] // 2
     dweight.copy_(conv2d_weight(_wide(x), dweight.shape, dy, stride, padding))  # type: ignore[no-untyped-call]
+
+
+def stem_conv(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    pixels: Tensor,
+    y: Tensor,
+    y_stats: Tensor | None,
+) -> None:
+    height, width = x.shape[2:]
+    pixels.zero_()
+    image = pixels[:, STEM_BORDER : STEM_BORDER + height, STEM_BORDER + 1 : STEM_BORDER + 1 + width]
+    image[..., :STEM_CHANNELS] = x.permute(0, 2, 3, 1)
+    y.copy_(F.conv2d(_wide(x.to(y.dtype)), _wide(weight.to(y.dtype)), None, 2, STEM_BORDER))
+    if y_stats is not None:
+        bn_stats(y, norm_weight, norm_bias, eps, y_stats)
+
+
+def stem_wgrad(dy: Tensor, pixels: Tensor, dweight: Tensor) -> None:
+    # a window has a pixel more than the filters on its left
+    image = _wide(pixels[:, :, 1:, :STEM_CHANNELS].permute(0, 3, 1, 2))
+    rows, columns = (2 * size + STEM_SIDE - 2 for size in dy.shape[2:])
+    dweight.copy_(conv2d_weight(image[:, :, :rows, :columns], dweight.shape, _wide(dy), 2))  # type: ignore[no-untyped-call]

@@ -19,12 +19,11 @@ from fusedres.nn import (
     TraceForScript,
     Variant,
     Zeros,
-    batch_norm_act_maxpool,
     cast_weights,
     conv1x1,
-    convolve,
     global_avg_pool,
     one_of,
+    stem,
 )
 
 Shortcut = Literal["A", "B", "C"]
@@ -234,7 +233,7 @@ class ResNet(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         with cast_weights(self, x):
-            x = batch_norm_act_maxpool(self.bn1, self.relu, self.maxpool, convolve(self.conv1, x))
+            x = stem(self.conv1, self.bn1, self.relu, self.maxpool, x)
             for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
                 x = stage(x)
         return self.fc(torch.flatten(global_avg_pool(self.avgpool, x), 1))  # type: ignore[no-any-return]

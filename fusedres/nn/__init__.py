@@ -12,8 +12,9 @@ from fusedres.nn.blocks import (
     unfused_block_reason,
 )
 from fusedres.nn.casts import cast_weights, convolve
-from fusedres.nn.fuse import batch_norm_act, batch_norm_act_maxpool, global_avg_pool, unfused_reason
+from fusedres.nn.fuse import batch_norm_act, global_avg_pool, unfused_reason
 from fusedres.nn.shortcut import PadShortcut, Zeros, one_of, shortcut
+from fusedres.nn.stem import batch_norm_act_maxpool, stem
 
 __all__ = [
     "BasicBlock",
@@ -33,6 +34,7 @@ __all__ = [
     "global_avg_pool",
     "one_of",
     "shortcut",
+    "stem",
     "unfused_block_reason",
     "unfused_reason",
 ]

@@ -192,34 +192,6 @@ def batch_norm_act(
     return out if act is None else act(out)
 
 
-_MAXPOOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1}
-
-
-def batch_norm_act_maxpool(norm: nn.Module, act: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
-    """``pool(act(norm(x)))``, the stem behind its convolution: in one pass where nothing speaks against it.
-
-    Args:
-        norm: a batch norm; anything else is called.
-        act: fused if it is exactly an nn.ReLU.
-        pool: fused if it is exactly an nn.MaxPool2d of 3x3, stride 2 and padding 1.
-        x: [N, C, H, W], bf16 | fp16 | fp32, channels_last or NCHW.
-    """
-    if (
-        type(pool) is nn.MaxPool2d
-        and all(getattr(pool, name) in (value, (value, value)) for name, value in _MAXPOOL.items())
-        and not pool.ceil_mode
-        and not pool.return_indices
-        and altered(pool) is None
-        and type(act) is nn.ReLU
-        and unfused_reason(norm, act, x) is None
-    ):
-        own = batch_norm_of(norm)
-        return functional.bn_relu_maxpool(
-            x, *own[:4], training=own.training, momentum=own.momentum, eps=own.eps
-        )
-    return pool(batch_norm_act(norm, act, x))  # type: ignore[no-any-return]
-
-
 def global_avg_pool(pool: nn.Module, x: Tensor) -> Tensor:
     """``pool(x)``, by :func:`functional.global_avg_pool` if it is exactly an nn.AdaptiveAvgPool2d to 1x1."""
     if (

@@ -21,9 +21,11 @@ from fusedres.ops import (
     cast_weights,
     conv,
     global_avg_pool,
+    stem,
 )
 from fusedres.ops.conv import shape_of as conv_shape
 from fusedres.ops.dispatch import backend, choice, forced_backend, layout, served, served_from
+from fusedres.ops.stem import shape_of as stem_shape
 from fusedres.ops.tensors import Op, stats_dtype
 
 __all__ = [
@@ -36,11 +38,21 @@ __all__ = [
     "served",
     "served_from",
     "stats_dtype",
+    "stem_shape",
 ]
 
 OPS: dict[str, Op] = {
     name: op
-    for module in (bn_stats, bn_act, bn_act_backward, bn_relu_maxpool, global_avg_pool, cast_weights, conv)
+    for module in (
+        bn_stats,
+        bn_act,
+        bn_act_backward,
+        bn_relu_maxpool,
+        global_avg_pool,
+        cast_weights,
+        conv,
+        stem,
+    )
     for name, op in module.OPS.items()
 }
 

@@ -18,10 +18,13 @@ from fusedres.ops.dispatch import kernel, layout
 from fusedres.ops.tensors import Op, check_vectors, laid_out, new_stats, or_nothing
 
 
-def shape_of(x: Tensor, weight: Tensor, stride: int, dilation: int = 1, groups: int = 1) -> plan.Conv:
+def shape_of(
+    x: Tensor, weight: Tensor, stride: int, dilation: int = 1, groups: int = 1, *, pending: bool
+) -> plan.Conv:
     """What the choice of a convolution's implementation depends on."""
     n, c, h, w = x.shape
-    return plan.Conv(n, c, h, w, weight.shape[0], weight.shape[2], stride, dilation, groups)
+    ieee = x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
+    return plan.Conv(n, c, h, w, weight.shape[0], weight.shape[2], stride, dilation, groups, pending, ieee)
 
 
 def out_size(size: int, stride: int) -> int:
@@ -48,7 +51,7 @@ def conv_fwd(
     check_residual(x, residual, residual_stats)
     if residual is not None and (stats is None or weight.shape[2] != 1 or stride != 1):
         raise ValueError("a residual needs stats, and a 1x1 convolution of stride 1")
-    run = kernel("conv_fwd", x, shape_of(x, weight, stride))
+    run = kernel("conv_fwd", x, shape_of(x, weight, stride, pending=stats is not None))
     memory = layout(x)
     x, residual, weight = laid_out(memory, x, residual, weight)
     y, y_stats, z = _outputs(x, residual, weight, stride, statistics)
@@ -92,7 +95,7 @@ def conv_dgrad(
         raise ValueError("x and x_stats must both be given, or neither and no sums")
     if add is not None:
         _check_add(dx, add, first)
-    run = kernel("conv_dgrad", du, shape_of(dx, weight, stride))
+    run = kernel("conv_dgrad", du, shape_of(dx, weight, stride, pending=x is not None))
     du, y, weight, add, x = laid_out(layout(du), du, y, weight, add, x)
     x_sums = x_stats.new_empty((SUMS_ROWS, channels)) if x_stats is not None and sums else None
     run(du, y, y_stats, y_sums, weight, stride, add, first, x, x_stats, relu, dx, x_sums)
@@ -123,7 +126,7 @@ def conv_wgrad(
     _check_weight(x, weight, stride)
     _check_gradient(x, du, y, y_stats, y_sums, weight, stride)
     check_vectors(x, (STATS_ROWS, x.shape[1]), x_stats=x_stats)
-    run = kernel("conv_wgrad", x, shape_of(x, weight, stride))
+    run = kernel("conv_wgrad", x, shape_of(x, weight, stride, pending=x_stats is not None))
     du, y, x = laid_out(layout(x), du, y, x)
     dweight = torch.empty_like(weight)
     run(du, y, y_stats, y_sums, x, x_stats, relu, stride, dweight)

@@ -59,6 +59,7 @@ def choice(
         interpreted=os.environ.get("TRITON_INTERPRET") == "1",
         built_for=kernels.cuda_architectures(),
         conv=conv,
+        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" and conv else None,
     )
     return plan.choose(problem, kernels.unavailable(), forced)
 

@@ -1,13 +1,43 @@
 """Which implementation runs for an op: pure rules, a leaf of the import graph.
 
 :func:`choose` looks at facts alone (op, device, dtype, what is installed, what was forced) and
-returns a :class:`Choice` with its reason. It imports no kernels and asks no device anything.
+returns a :class:`Choice` with its reason. It imports no kernels and asks no device anything. What was
+measured on this device stands in :data:`MEASURED`, where ``autotune`` puts it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from fusedres.plan.conv import CONV_OPS, STEM_OPS, Conv, likely, outside_contract, outside_kernels
+
+__all__ = [
+    "ALL_OPS",
+    "AVGPOOL_OPS",
+    "BACKENDS",
+    "BN_OPS",
+    "CANDIDATES",
+    "COMPOSED",
+    "CONV_OPS",
+    "DEVICE",
+    "IMPLEMENTATIONS",
+    "LEAST_VALUES",
+    "MAXPOOL_OPS",
+    "MEASURED",
+    "OPS",
+    "STEM_OPS",
+    "Choice",
+    "Conv",
+    "Key",
+    "Measured",
+    "Problem",
+    "choose",
+    "covers",
+    "least_values",
+    "outside_contract",
+    "refusal",
+]
 
 IMPLEMENTATIONS = ("triton", "cuda", "cpu", "reference")
 BACKENDS = ("auto", *IMPLEMENTATIONS)
@@ -26,8 +56,7 @@ MAXPOOL_OPS = (
     "bn_relu_maxpool_backward_apply",
 )
 AVGPOOL_OPS = ("global_avg_pool", "global_avg_pool_backward")
-CONV_OPS = ("conv_fwd", "conv_dgrad", "conv_wgrad")
-ALL_OPS = (*BN_OPS, *MAXPOOL_OPS, *AVGPOOL_OPS, "cast_weights", *CONV_OPS)
+ALL_OPS = (*BN_OPS, *MAXPOOL_OPS, *AVGPOOL_OPS, "cast_weights", *CONV_OPS, *STEM_OPS)
 # a few ops save passes over what others, and PyTorch's own, do as well: where an implementation hasn't
 # got one of these the callers take those, also if it is forced
 COMPOSED = frozenset(ALL_OPS) - frozenset(BN_OPS)
@@ -37,8 +66,8 @@ MIN_CAPABILITY = (8, 0)
 # the ops that each implementation has, and the kind of device it runs on
 OPS = {
     "cpu": frozenset(BN_OPS + MAXPOOL_OPS),
-    "triton": frozenset(BN_OPS),
-    "cuda": frozenset(ALL_OPS),
+    "triton": frozenset(BN_OPS + CONV_OPS + STEM_OPS),
+    "cuda": frozenset(BN_OPS + MAXPOOL_OPS + AVGPOOL_OPS) | {"cast_weights"},
 }
 DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # in the order of preference on a device: CUDA first, since
@@ -48,25 +77,6 @@ CANDIDATES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 # PyTorch's second pass finds a small tensor in the cache. From whole steps of ResNet-18 and 50 at batch
 # 1 to 16 on two cores, by dtype.
 LEAST_VALUES = {"cpu": {"float32": 1 << 20, "bfloat16": 1 << 19, "float16": 1 << 19}}
-
-
-class Conv(NamedTuple):
-    """The shape of a convolution: square filters, padded so that stride 1 keeps the size."""
-
-    batch: int
-    channels: int
-    height: int
-    width: int
-    filters: int
-    side: int
-    stride: int
-    dilation: int = 1
-    groups: int = 1
-
-    @property
-    def out_shape(self) -> tuple[int, int, int, int]:
-        height, width = ((size - 1) // self.stride + 1 for size in (self.height, self.width))
-        return self.batch, self.filters, height, width
 
 
 class Problem(NamedTuple):
@@ -79,16 +89,49 @@ class Problem(NamedTuple):
     interpreted: bool = False  # Triton kernels run on the CPU (TRITON_INTERPRET=1)
     built_for: tuple[str, ...] | None = None  # CMAKE_CUDA_ARCHITECTURES of the CUDA kernels; None: any
     conv: Conv | None = None  # None for the ops that have none, or for a question about any
+    device_name: str | None = None  # of a CUDA device
+
+
+class Key(NamedTuple):
+    """What a measurement of a convolution belongs to."""
+
+    device_name: str
+    op: str
+    dtype: str
+    conv: Conv
+
+
+class Measured(NamedTuple):
+    """What was measured for a convolution.
+
+    Args:
+        best: the implementation to take.
+        us: microseconds of each way that was tried.
+        settings: of the kernel, as its module writes them down.
+    """
+
+    best: str
+    us: dict[str, float]
+    settings: list[Any]
+
+    @property
+    def reason(self) -> str:
+        return "measured " + ", ".join(f"{name} {us:.0f} us" for name, us in sorted(self.us.items()))
+
+
+MEASURED: dict[Key, Measured] = {}
 
 
 class Choice(NamedTuple):
     """An implementation's name, and why it was chosen.
 
-    ``aten`` stands for PyTorch's own operators: what runs where no kernel does.
+    ``aten`` stands for PyTorch's own operators: what runs where no kernel does. ``open`` says that both
+    could serve, so that a measurement may decide.
     """
 
     implementation: str
     reason: str
+    open: bool = False
 
 
 def refusal(name: str, problem: Problem, unavailable: Mapping[str, str]) -> str | None:
@@ -102,7 +145,7 @@ def refusal(name: str, problem: Problem, unavailable: Mapping[str, str]) -> str 
     if problem.dtype not in KERNEL_DTYPES:
         return f"no kernel for {problem.dtype} (there are float32, bfloat16 and float16)"
     if problem.conv is not None:
-        why = outside_contract(problem.conv) or _no_multiple_of_eight(problem.conv)
+        why = outside_contract(problem.conv) or outside_kernels(problem.conv)
         if why is not None:
             return why
     if name == "triton" and problem.interpreted:
@@ -113,21 +156,6 @@ def refusal(name: str, problem: Problem, unavailable: Mapping[str, str]) -> str 
         have = ".".join(map(str, problem.capability or (0, 0)))
         return f"the GPU has compute capability {have}, kernels need 8.0"
     return _not_built_for(problem) if name == "cuda" else None
-
-
-def outside_contract(conv: Conv) -> str | None:
-    """Why the convolution ops don't take a shape; None if they do."""
-    if conv.groups != 1 or conv.dilation != 1:
-        return f"no op for groups or dilation, got {conv.groups} and {conv.dilation}"
-    if conv.side not in (1, 3) or conv.stride not in (1, 2):
-        return f"ops are 1x1 and 3x3 of stride 1 and 2, got {conv.side}x{conv.side} of stride {conv.stride}"
-    return None
-
-
-def _no_multiple_of_eight(conv: Conv) -> str | None:
-    if conv.channels % 8 or conv.filters % 8:
-        return f"channels and filters must be multiples of 8, got {conv.channels} and {conv.filters}"
-    return None
 
 
 def _not_built_for(problem: Problem) -> str | None:
@@ -184,6 +212,8 @@ def choose(problem: Problem, unavailable: Mapping[str, str], forced: str = "auto
     reasons: list[str] = []
     for name in CANDIDATES.get(problem.device, ()):
         why = refusal(name, problem, unavailable)
+        if why is None and problem.op in CONV_OPS + STEM_OPS:
+            return _fused_or_not(name, problem)
         if why is None:
             reasons.append(f"{'next' if reasons else 'first'} choice on {problem.device}")
             least = least_values(name, problem.dtype)
@@ -192,3 +222,13 @@ def choose(problem: Problem, unavailable: Mapping[str, str], forced: str = "auto
             return Choice(name, "; ".join(reasons))
         reasons.append(f"{name}: {why}")
     return Choice("aten", "; ".join(reasons) or f"no kernels for {problem.device} devices")
+
+
+def _fused_or_not(name: str, problem: Problem) -> Choice:
+    """Whether ``name`` or PyTorch's convolution with the batch-norm ops serves a convolution."""
+    if problem.conv is not None and problem.device_name is not None:
+        measured = MEASURED.get(Key(problem.device_name, problem.op, problem.dtype, problem.conv))
+        if measured is not None:
+            return Choice(measured.best, measured.reason, open=True)
+    pays, why = likely(problem.op, problem.conv, problem.dtype)
+    return Choice(name if pays else "aten", why, open=True)

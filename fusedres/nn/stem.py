@@ -1,0 +1,85 @@
+"""From the children of a stem to ``functional``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fusedres import functional
+from fusedres.nn.casts import convolve, weight_of
+from fusedres.nn.fuse import (
+    altered,
+    batch_norm_act,
+    batch_norm_of,
+    is_frozen,
+    is_plain,
+    traced,
+    unfused_reason,
+)
+
+_CONV = {"kernel_size": (7, 7), "stride": (2, 2), "padding": (3, 3), "dilation": (1, 1), "groups": 1}
+_MAXPOOL = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1}
+
+
+def _is_convolution(conv: Any) -> bool:
+    return (
+        type(conv) is nn.Conv2d
+        and all(getattr(conv, name) == value for name, value in _CONV.items())
+        and conv.padding_mode == "zeros"
+        and conv._parameters["bias"] is None
+        and is_plain(conv._parameters.get("weight"))
+        and altered(conv) is None
+    )
+
+
+def _is_pool(pool: nn.Module) -> bool:
+    return (
+        type(pool) is nn.MaxPool2d
+        and all(getattr(pool, name) in (value, (value, value)) for name, value in _MAXPOOL.items())
+        and not pool.ceil_mode
+        and not pool.return_indices
+        and altered(pool) is None
+    )
+
+
+def stem(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
+    """``pool(act(norm(conv(x))))``: as one where nothing speaks against it.
+
+    Args:
+        conv: fused if it is exactly an nn.Conv2d of 7x7, stride 2 and padding 3, without a bias.
+        norm: a batch norm that trains; anything else is called.
+        act: fused if it is exactly an nn.ReLU.
+        pool: fused if it is exactly an nn.MaxPool2d of 3x3, stride 2 and padding 1.
+        x: [N, C, H, W], images.
+    """
+    # before a parameter is read, which fx would record
+    if (
+        traced(x) is None
+        and x.dim() == 4
+        and _is_convolution(conv)
+        and _is_pool(pool)
+        and type(act) is nn.ReLU
+        and not is_frozen(norm)  # whether it promotes, its input's dtype decides
+        and unfused_reason(norm, act) is None
+    ):
+        weight = weight_of(conv, x)
+        return functional.stem(x, functional.ConvNorm(weight, batch_norm_of(norm), 2))
+    return batch_norm_act_maxpool(norm, act, pool, convolve(conv, x))
+
+
+def batch_norm_act_maxpool(norm: nn.Module, act: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
+    """``pool(act(norm(x)))``, the stem behind its convolution: in one pass where nothing speaks against it.
+
+    Args:
+        norm: a batch norm; anything else is called.
+        act: fused if it is exactly an nn.ReLU.
+        pool: fused if it is exactly an nn.MaxPool2d of 3x3, stride 2 and padding 1.
+        x: [N, C, H, W], bf16 | fp16 | fp32, channels_last or NCHW.
+    """
+    if _is_pool(pool) and type(act) is nn.ReLU and unfused_reason(norm, act, x) is None:
+        own = batch_norm_of(norm)
+        return functional.bn_relu_maxpool(
+            x, *own[:4], training=own.training, momentum=own.momentum, eps=own.eps
+        )
+    return pool(batch_norm_act(norm, act, x))  # type: ignore[no-any-return]

@@ -1,0 +1,116 @@
+"""Rules for convolutions: which shapes the kernels take, and whether they are likely to pay.
+
+A measurement (``fusedres.autotune``) stands above every prediction made here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+CONV_OPS = ("conv_fwd", "conv_dgrad", "conv_wgrad")
+STEM_OPS = ("stem_conv", "stem_wgrad")
+
+# An H100's measured copy (bytes a second) and bf16 product (FLOP a second); on other chips it is their
+# quotient that decides, and that differs little
+BANDWIDTH = 2.93e12
+PEAK = {"float32": 3.8e14, "bfloat16": 7.53e14, "float16": 7.53e14}
+IEEE_PEAK = 5e13  # without tensor cores
+# what cuDNN reaches of them in ResNet-50's layers at batch 256, at the middle: 0.9 where memory bounds a
+# layer, 0.85 where arithmetic does
+REACHED_BANDWIDTH, REACHED_PEAK = 0.9, 0.85
+# our kernels' time over cuDNN's plain convolution: an assumption, at the upper end of what cuDNN's own
+# fused patterns cost there (1.03 to 1.44)
+FUSED_COST = 1.3
+STEM = 7  # side of its filters
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Conv(NamedTuple):
+    """The shape of a convolution: square filters, padded so that stride 1 keeps the size.
+
+    ``pending``: the input still has its batch norm ahead of it. ``ieee``: float32, and TF32 may not stand for
+    it.
+    """
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    filters: int
+    side: int
+    stride: int
+    dilation: int = 1
+    groups: int = 1
+    pending: bool = False
+    ieee: bool = False
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        height, width = ((size - 1) // self.stride + 1 for size in (self.height, self.width))
+        return self.batch, self.filters, height, width
+
+    def __str__(self) -> str:
+        behind = " behind a norm" * self.pending + " without TF32" * self.ieee
+        return (
+            f"{self.batch}x{self.channels}x{self.height}x{self.width}, {self.filters} filters "
+            f"{self.side}x{self.side}/{self.stride}{behind}"
+        )
+
+
+def outside_contract(conv: Conv) -> str | None:
+    """Why the convolution ops don't take a shape; None if they do."""
+    if (conv.side, conv.stride, conv.channels, conv.groups, conv.dilation) == (STEM, 2, 3, 1, 1):
+        return None
+    if conv.groups != 1 or conv.dilation != 1:
+        return f"no op for groups or dilation, got {conv.groups} and {conv.dilation}"
+    if conv.side not in (1, 3) or conv.stride not in (1, 2):
+        return f"ops are 1x1 and 3x3 of stride 1 and 2, got {conv.side}x{conv.side} of stride {conv.stride}"
+    return None
+
+
+def outside_kernels(conv: Conv) -> str | None:
+    """Why the kernels don't take a shape that the ops take; None if they do."""
+    if conv.side == STEM and conv.filters % 8 == 0:
+        return None
+    if conv.channels % 8 or conv.filters % 8:
+        return f"channels and filters must be multiples of 8, got {conv.channels} and {conv.filters}"
+    return None
+
+
+def predicted(op: str, conv: Conv, dtype: str) -> tuple[float, float]:
+    """Seconds on an H100 of the fused kernel and of PyTorch's convolution with its batch-norm passes.
+
+    A prediction: bytes and FLOP against what memory and cuDNN reach.
+    """
+    n, filters, height, width = conv.out_shape
+    inputs = n * conv.channels * conv.height * conv.width * ITEMSIZE[dtype]
+    outputs = n * filters * height * width * ITEMSIZE[dtype]
+    flop = 2 * n * filters * height * width * conv.channels * conv.side**2
+    bandwidth = BANDWIDTH * REACHED_BANDWIDTH
+
+    def product(moved: int) -> float:
+        return max(moved / bandwidth, flop / ((IEEE_PEAK if conv.ieee else PEAK[dtype]) * REACHED_PEAK))
+
+    plain = product(inputs + outputs)
+    # the raw output again, beside its gradient
+    fused = product(inputs + outputs * (1 if op == "conv_fwd" else 2)) * FUSED_COST
+    # write the activation or the gradient (the gradient's cost is shared by its two uses); statistics
+    passes = {
+        "conv_fwd": 2 * inputs * conv.pending + outputs,
+        "conv_dgrad": 3 * outputs / 2 + 2 * inputs * conv.pending,
+        "conv_wgrad": 3 * outputs / 2 + 2 * inputs * conv.pending,
+    }[op]
+    if op == "conv_dgrad" and conv.pending:  # reads it for the ReLU's mask and the sums
+        fused += inputs / bandwidth
+    return fused, plain + passes / bandwidth
+
+
+def likely(op: str, conv: Conv | None, dtype: str) -> tuple[bool, str]:
+    """Whether the fused kernel is predicted to win, and why."""
+    if conv is None:
+        return True, "by shape"
+    if op in STEM_OPS:
+        # 11 (bf16) and 3.5 (fp16) times the memory's floor forward, 7 and 3.5 for the weight
+        return not conv.ieee, "predicted: cuDNN's takes 3 to 11 times what memory needs; not measured"
+    fused, plain = predicted(op, conv, dtype)
+    return fused <= plain, f"predicted {fused * 1e6:.0f} us fused, {plain * 1e6:.0f} us not; not measured"
