@@ -3,6 +3,7 @@
 from fusedres import functional
 from fusedres._explain import explain
 from fusedres._version import __version__
+from fusedres.inference import optimize_for_inference
 from fusedres.models.cifar import CifarResNet
 from fusedres.models.resnet import (
     ResNet18,
@@ -29,6 +30,7 @@ __all__ = [
     "backend",
     "explain",
     "functional",
+    "optimize_for_inference",
     "resnet18",
     "resnet34",
     "resnet50",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def data() -> Path:
+    folder = os.environ.get("FUSEDRES_DATA")
+    if not folder:
+        pytest.skip("FUSEDRES_DATA isn't set")
+    return Path(folder)
 
 
 @pytest.fixture

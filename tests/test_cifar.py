@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cifar_data import images, trained
 from fused_ops import FusedOps
 from torch import Tensor, nn
 
@@ -145,31 +144,6 @@ def test_weights_of_another_depth():
     message = r"must have 3\+3\+3 blocks of 2 conv.* for CifarResNet, got 1\+1\+1 blocks"
     with pytest.raises(RuntimeError, match=message):
         fusedres.CifarResNet(20).load_state_dict(fusedres.CifarResNet(8).state_dict())
-
-
-WEIGHTS = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}
-
-
-@pytest.fixture
-def data() -> Path:
-    folder = os.environ.get("FUSEDRES_DATA")
-    if not folder:
-        pytest.skip("FUSEDRES_DATA isn't set")
-    return Path(folder)
-
-
-def trained(data: Path, depth: int) -> dict[str, Tensor]:
-    state = torch.load(data / WEIGHTS[depth], weights_only=True, map_location="cpu")["state_dict"]
-    return {k.removeprefix("module.").replace("linear.", "fc."): v for k, v in state.items()}
-
-
-def images(data: Path, name: str) -> tuple[Tensor, Tensor]:
-    numpy = pytest.importorskip("numpy")
-    with numpy.load(data / name) as arrays:
-        pixels, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
-    x = pixels.permute(0, 3, 1, 2).float().contiguous() / 255
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1), labels.long()
 
 
 @pytest.mark.parametrize(("depth", "expected"), [(20, 9_173), (56, 9_339)])

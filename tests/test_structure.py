@@ -22,6 +22,7 @@ LAYERS = [
     "training",
     "models",
     "_explain",
+    "inference",
     "nn",
     "functional",
     "autotune",

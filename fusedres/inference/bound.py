@@ -1,0 +1,15 @@
+"""What a program calls for a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Bound(NamedTuple):
+    """A layer on a device: ``run(*tensors, *constants)``."""
+
+    run: Callable[..., Tensor]
+    constants: tuple[Any, ...] = ()

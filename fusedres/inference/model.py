@@ -1,0 +1,137 @@
+"""The optimised model: what stands between a caller's images and the programs that run."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fusedres import ops
+from fusedres.inference.layers import ConvBiasAct
+from fusedres.inference.onednn import Packs
+from fusedres.inference.program import Program
+
+# On a CPU a batch goes through the net in parts whose largest activation has so many bytes a thread: a part
+# stays in the caches from one layer to the next, and in memory that the allocator keeps. From ResNet-50 in
+# float32 and bfloat16 on two cores, where parts of half and twice the size were as fast within 4%.
+PART_BYTES_PER_THREAD = 6 << 20
+# shapes that programs are kept for
+PROGRAMS = 64
+
+
+class OptimizedResNet(nn.Module):
+    """A trained net for inference alone, made by :func:`fusedres.optimize_for_inference`.
+
+    Its parameters are the folded ones. What is made of them for a machine and a shape is made on first use
+    and is no part of its state.
+
+    Args:
+        net: the folded graph.
+        dtype: computed in.
+        dtypes: those an input may have.
+
+    Shapes:
+        [N, C, H, W], channels_last or not -> [N, classes], in the input's dtype
+
+    Raises:
+        ValueError, TypeError: (by a call) the input is none of these, or on another device.
+    """
+
+    def __init__(self, net: fx.GraphModule, dtype: torch.dtype, dtypes: Iterable[torch.dtype]) -> None:
+        super().__init__()
+        self.net = net
+        self.dtype, self.dtypes = dtype, tuple(dtypes)
+        super().train(False)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what was made of the parameters."""
+        self._lock = threading.Lock()
+        self._programs: dict[Any, Program] = {}
+        self._packs = Packs()
+        self._parameters_made_of = list(self.net.parameters())
+        self._version = self._parameters_version()
+        stem = next(m for m in self.net.modules() if isinstance(m, ConvBiasAct))
+        self._device, self._channels = stem.weight.device, stem.weight.shape[1] * stem.groups
+        # values of the first activation, where a net is widest, that a pixel makes
+        self._growth = stem.weight.shape[0] / math.prod(stem.stride)
+
+    def _parameters_version(self) -> int:
+        return sum(p._version for p in self._parameters_made_of)
+
+    def __getstate__(self) -> dict[str, Any]:
+        made = ("_lock", "_programs", "_packs", "_parameters_made_of")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OptimizedResNet:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = next(self.net.parameters()).dtype
+        self.dtypes = tuple(dict.fromkeys((*self.dtypes, self.dtype)))
+        self._forget()
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_state_dict(*args, **kwargs)
+        self._forget()
+        return result
+
+    def train(self, mode: bool = True) -> OptimizedResNet:
+        if mode:
+            raise RuntimeError("an optimised model can't be trained: train the one that it was made of")
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.net(x.to(self.dtype)).to(x.dtype)  # type: ignore[no-any-return]
+        self._check(x)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            size = self._part(x)
+            out = [self._run(part) for part in (torch.split(x, size) if x.shape[0] > size else (x,))]
+            return (out[0] if len(out) == 1 else torch.cat(out)).to(x.dtype)
+
+    def _run(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype, memory_format=torch.channels_last)
+        version = self._parameters_version()
+        if version != self._version:
+            self._forget()
+        key = (x.shape, ops.forced_backend())
+        program = self._programs.get(key)
+        if program is not None:
+            return program(x)
+        with self._lock:
+            program = self._programs[key] = Program(self.net, x, self._packs)
+            if len(self._programs) > PROGRAMS:
+                del self._programs[next(iter(self._programs))]  # the oldest
+        return program.first
+
+    def _check(self, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4 or x.shape[1] != self._channels:
+            raise ValueError(f"x must be [N, {self._channels}, H, W], got {list(x.shape)}")
+        if x.dtype not in self.dtypes:
+            allowed = " or ".join(map(str, self.dtypes))
+            raise TypeError(
+                f"x must be {allowed}, got {x.dtype}: convert it, or optimise the model for that dtype"
+            )
+        if x.device != self._device:
+            raise ValueError(
+                f"x must be on {self._device}, where the model is, got {x.device}: move one of them"
+            )
+
+    def _part(self, x: Tensor) -> int:
+        """Images that go through the net at a time."""
+        n, _, height, width = x.shape
+        if x.device.type != "cpu" or n == 0:
+            return max(1, n)
+        largest = self._growth * height * width * self.dtype.itemsize
+        at_most = max(1, int(torch.get_num_threads() * PART_BYTES_PER_THREAD // max(1, largest)))
+        return math.ceil(n / math.ceil(n / at_most))  # parts of one size, as far as they can be

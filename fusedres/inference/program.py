@@ -1,0 +1,139 @@
+"""The folded graph as a list of calls, bound to a device and a shape: what runs.
+
+A module's call and what it looks up take as long as a small convolution. Here everything that doesn't
+depend on values is settled when the program is made, on its first input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fusedres import ops
+from fusedres.inference import onednn
+from fusedres.inference.bound import Bound
+from fusedres.inference.layers import ConvBiasAct, Stem
+
+
+class Step(NamedTuple):
+    """``values[output] = run(*(values[i] for i in inputs), *constants)``"""
+
+    run: Callable[..., Tensor]
+    inputs: tuple[int, ...]
+    constants: tuple[Any, ...]
+    output: int
+
+
+class Program:
+    """Made of a graph by running it once; then called on inputs of the same shape, dtype and device.
+
+    Args:
+        net: the folded graph, of one input and one output.
+        x: [N, C, H, W].
+        packs: where packed weights are shared between programs.
+
+    Attributes:
+        first: the output for ``x``.
+    """
+
+    def __init__(self, net: fx.GraphModule, x: Tensor, packs: onednn.Packs) -> None:
+        self._net, self._packs = net, packs
+        self._steps: list[Step] = []
+        self._slots = 0
+        self.first, self._result = self._make(x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        values: list[Any] = [None] * self._slots
+        values[0] = x
+        for run, inputs, constants, output in self._steps:
+            if len(inputs) == 1:
+                values[output] = run(values[inputs[0]], *constants)
+            else:
+                values[output] = run(*[values[i] for i in inputs], *constants)
+        return values[self._result]  # type: ignore[no-any-return]
+
+    def _make(self, x: Tensor) -> tuple[Tensor, int]:
+        nodes = list(self._net.graph.nodes)
+        last_use = {used: node for node in nodes for used in node.all_input_nodes}
+        values: dict[fx.Node, Tensor] = {}
+        slot: dict[fx.Node, int] = {}
+        free: list[int] = []
+        for node in nodes:
+            inputs = node.all_input_nodes
+            if node.op == "output":
+                break
+            if node.op == "placeholder":
+                value, bound = x, None
+            else:
+                bound = self._bind(node, [values[i] for i in inputs])
+                value = bound.run(*(values[i] for i in inputs), *bound.constants)
+            taken = tuple(slot[i] for i in inputs)
+            # what is read here for the last time makes room, first of all for the result
+            for used in inputs:
+                if last_use[used] is node:
+                    free.append(slot[used])
+                    del values[used]
+            if not free:
+                free.append(self._slots)
+                self._slots += 1
+            slot[node], values[node] = free.pop(), value
+            if bound is not None:
+                self._steps.append(Step(bound.run, taken, bound.constants, slot[node]))
+        (result,) = inputs
+        return values[result], slot[result]
+
+    def _bind(self, node: fx.Node, tensors: list[Tensor]) -> Bound:
+        if node.op == "get_attr":
+            return Bound(lambda: _attribute(self._net, str(node.target)))
+        run: Any = node.target
+        if node.op == "call_method":
+            run = getattr(torch.Tensor, str(node.target))
+        elif node.op == "call_module":
+            run = self._net.get_submodule(str(node.target))
+            bound = self._bind_layer(run, node, tensors)
+            if bound is not None:
+                return bound
+        first, inputs = node.args[: len(tensors)], tuple(node.all_input_nodes)
+        if first == inputs and not node.kwargs:
+            return Bound(run, node.args[len(tensors) :])
+        return Bound(_anywhere(run, node))
+
+    def _bind_layer(self, layer: nn.Module, node: fx.Node, tensors: list[Tensor]) -> Bound | None:
+        """What is better than calling the module; None if nothing is."""
+        x = tensors[0]
+        if ops.forced_backend() == "reference" or x.numel() == 0:
+            return None
+        if x.device.type == "cpu" and onednn.unavailable(x.dtype) is None:
+            if isinstance(layer, Stem):
+                return onednn.bind_stem(layer, x, self._packs, pool)
+            if isinstance(layer, ConvBiasAct):
+                residual, reuse = len(tensors) > 1, len(node.args) > 2
+                return onednn.bind_conv(layer, x, self._packs, residual=residual, reuse=reuse)
+        return None
+
+
+def pool(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, 2, 1)
+
+
+def _attribute(net: fx.GraphModule, name: str) -> Any:
+    found: Any = net
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _anywhere(run: Callable[..., Tensor], node: fx.Node) -> Callable[..., Tensor]:
+    """A call whose tensors stand anywhere in its arguments."""
+
+    def call(*tensors: Tensor) -> Tensor:
+        given = dict(zip(node.all_input_nodes, tensors, strict=True))
+        args: Any = fx.map_arg(node.args, given.__getitem__)
+        kwargs: Any = fx.map_arg(node.kwargs, given.__getitem__)
+        return run(*args, **kwargs)
+
+    return call
