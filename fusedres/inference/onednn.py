@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fusedres.inference.bound import Bound
 from fusedres.inference.layers import ConvBiasAct, Stem
+from fusedres.inference.pool import pool
 
 _OPS: Any = torch.ops.mkldnn
 _reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # type: ignore[attr-defined,unused-ignore]
@@ -63,6 +64,6 @@ def bind_conv(layer: ConvBiasAct, x: Tensor, packs: Packs, *, residual: bool, re
     return Bound(_OPS._convolution_pointwise.binary, added)
 
 
-def bind_stem(layer: Stem, x: Tensor, packs: Packs, pool: Callable[[Tensor], Tensor]) -> Bound:
+def bind_stem(layer: Stem, x: Tensor, packs: Packs) -> Bound:
     conv = bind_conv(layer, x, packs, residual=False, reuse=False)
-    return Bound(lambda x, *constants: pool(conv.run(x, *constants)), conv.constants)
+    return Bound(lambda x, *constants: pool(conv.run(x, *constants), None), conv.constants)

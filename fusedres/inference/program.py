@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fusedres import ops
-from fusedres.inference import onednn
+from fusedres.inference import gpu, onednn
 from fusedres.inference.bound import Bound
 from fusedres.inference.layers import ConvBiasAct, Stem
 
@@ -104,20 +103,20 @@ class Program:
 
     def _bind_layer(self, layer: nn.Module, node: fx.Node, tensors: list[Tensor]) -> Bound | None:
         """What is better than calling the module; None if nothing is."""
-        x = tensors[0]
-        if ops.forced_backend() == "reference" or x.numel() == 0:
+        forced, x = ops.forced_backend(), tensors[0]
+        if not isinstance(layer, ConvBiasAct) or forced == "reference" or x.numel() == 0:
             return None
+        residual = tensors[1] if len(tensors) > 1 else None
+        if x.device.type == "cuda" or forced in ("triton", "cuda"):
+            if isinstance(layer, Stem):
+                return gpu.bind_stem(layer, x)
+            return gpu.bind_conv(layer, x, residual)
         if x.device.type == "cpu" and onednn.unavailable(x.dtype) is None:
             if isinstance(layer, Stem):
-                return onednn.bind_stem(layer, x, self._packs, pool)
-            if isinstance(layer, ConvBiasAct):
-                residual, reuse = len(tensors) > 1, len(node.args) > 2
-                return onednn.bind_conv(layer, x, self._packs, residual=residual, reuse=reuse)
+                return onednn.bind_stem(layer, x, self._packs)
+            reuse = len(node.args) > 2
+            return onednn.bind_conv(layer, x, self._packs, residual=residual is not None, reuse=reuse)
         return None
-
-
-def pool(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, 2, 1)
 
 
 def _attribute(net: fx.GraphModule, name: str) -> Any:

@@ -1,0 +1,97 @@
+"""Layers on a GPU: our Triton kernels or cuDNN's fused convolutions, whichever is measured faster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedres import autotune, ops
+from fusedres.inference.bound import Bound
+from fusedres.inference.layers import ConvBiasAct, Stem
+from fusedres.inference.pool import pool
+
+_OPS: Any = torch.ops.fusedres
+_ATEN: Any = torch.ops.aten
+_STEM = {"stride": (2, 2), "padding": (3, 3), "dilation": (1, 1), "groups": 1}
+
+
+def bind_conv(layer: ConvBiasAct, x: Tensor, residual: Tensor | None) -> Bound:
+    """``layer`` on inputs of ``x``'s shape."""
+    kernel, library = _kernel(layer), _library(layer, residual is not None)
+    if kernel is None:
+        return library
+    tensors = (x,) if residual is None else (x, residual)
+
+    def run(fused: bool) -> Tensor:
+        bound = kernel if fused else library
+        return bound.run(*tensors, *bound.constants)
+
+    conv = ops.conv_shape(x, layer.weight, layer.stride[0], pending=False)
+    return kernel if autotune.fused("conv_bias_act", x, conv, run) else library
+
+
+def bind_stem(layer: Stem, x: Tensor) -> Bound:
+    """Likewise; a bias waits for the pass over the convolution's output that finds the maxima."""
+    weight, bias = _channels_last(layer), _float32(layer.bias)
+    fits = all(getattr(layer, name) == value for name, value in _STEM.items())
+    if not fits or tuple(weight.shape[1:]) != (3, 7, 7):
+        conv = bind_conv(layer, x, None)
+        return Bound(lambda x, *constants: pool(conv.run(x, *constants), None), conv.constants)
+
+    def run(fused: bool) -> Tensor:
+        if fused:
+            return _OPS.stem_conv(x, weight, None, None, 0.0, False, x.dtype)[0]  # type: ignore[no-any-return]
+        return F.conv2d(x, weight, None, layer.stride, layer.padding)
+
+    # compared as the training stem is, whose measurement serves too
+    if autotune.fused("stem_conv", x, ops.stem_shape(x, weight, x.dtype), run):
+        stem = _OPS.stem_conv.default
+        return Bound(lambda x, w: pool(stem(x, w, None, None, 0.0, False, x.dtype)[0], bias), (weight,))
+    return Bound(
+        lambda x, w: pool(F.conv2d(x, w, None, layer.stride, layer.padding), bias),
+        (weight,),
+    )
+
+
+def _kernel(layer: ConvBiasAct) -> Bound | None:
+    """Our kernel for a layer; None for a shape that it isn't made for."""
+    side, stride = layer.weight.shape[2], layer.stride[0]
+    if (
+        layer.weight.shape[3] != side
+        or side not in (1, 3)
+        or layer.stride not in ((1, 1), (2, 2))
+        or layer.padding != (side // 2, side // 2)
+        or layer.dilation != (1, 1)
+        or layer.groups != 1
+    ):
+        return None
+    weight, bias, op = _channels_last(layer), _float32(layer.bias), _OPS.conv_bias_act.default
+
+    def run(x: Tensor, *residual: Tensor) -> Tensor:
+        return op(x, weight, bias, residual[0] if residual else None, layer.relu, stride)  # type: ignore[no-any-return]
+
+    return Bound(run)
+
+
+def _library(layer: ConvBiasAct, residual: bool) -> Bound:
+    """cuDNN's convolution with as much behind it as cuDNN has; it has no addition without a ReLU."""
+    weight = _channels_last(layer)
+    if not layer.relu or not weight.is_cuda or weight.dtype == torch.float64:
+        return Bound(layer)
+    bias = None if layer.bias is None else layer.bias.detach()
+    sizes = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    if residual:
+        add_relu = _ATEN.cudnn_convolution_add_relu.default
+        return Bound(lambda x, residual: add_relu(x, weight, residual, 1.0, bias, *sizes))
+    return Bound(_ATEN.cudnn_convolution_relu.default, (weight, bias, *sizes))
+
+
+def _channels_last(layer: ConvBiasAct) -> Tensor:
+    return layer.weight.detach().contiguous(memory_format=torch.channels_last)
+
+
+def _float32(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().float()
