@@ -2,10 +2,10 @@
 
 Every convolution can run by a fused kernel, or by PyTorch's own with the batch-norm ops around it (in a
 trained net: with bias, residual and ReLU). Until it is measured a prediction decides (``plan.likely``); on a
-GPU the first use of a shape measures both, as torch.backends.cudnn.benchmark does. What was measured is written before it is first used, in a file for
-this device and these versions, so that other processes and later runs add up in the same order. Nothing is
-measured while a CUDA graph is captured, nor under torch.use_deterministic_algorithms: there the files and
-the predictions decide.
+GPU the first use of a shape measures both, as torch.backends.cudnn.benchmark does. What was measured is
+written before it is first used, in a file for this device and these versions, so that other processes and
+later runs add up in the same order. Nothing is measured while a CUDA graph is captured, nor under
+torch.use_deterministic_algorithms: there the files and the predictions decide.
 """
 
 from __future__ import annotations
