@@ -1,4 +1,4 @@
-"""Ops one layer at a time against eager PyTorch: ``functional.bn_act``, and the stem's pool of a trained net."""
+"""Ops one layer at a time against eager PyTorch: ``functional.bn_act``, and a trained net's stem pool."""
 
 from __future__ import annotations
 
