@@ -70,6 +70,7 @@ def arguments(name, dtype=torch.float32, layout="channels_last"):
             (grad, x, stats, sums, r, r_stats, r_sums, False),
         ],
         "bn_relu_maxpool": [(x, stats)],
+        "bias_relu_maxpool": [(x, bias), (x, None)],
         "bn_relu_maxpool_backward_reduce": [(pooled, index, x, stats)],
         "bn_relu_maxpool_backward_apply": [(pooled, index, x, stats, sums), (pooled, index, x, stats, None)],
         "global_avg_pool": [(x,)],
@@ -90,6 +91,11 @@ def arguments(name, dtype=torch.float32, layout="channels_last"):
         "conv_wgrad": [
             (du, None, None, None, image, None, False, filters, 2),
             (du, y, y_stats, y_sums, image, stats, True, filters, 2),
+        ],
+        "conv_bias_act": [
+            (image, filters, y_stats[0], du, True, 2),
+            (x, square, None, activation((2, 6, 4, 3), dtype, layout), False, 1),
+            (x, filters, None, None, True, 1),
         ],
         "stem_conv": [
             (photo, stem, torch.randn(4), torch.randn(4), 1e-5, True, dtype),
@@ -230,6 +236,28 @@ def test_refusals_of_the_convolutions():
         OPS.conv_dgrad(du, None, None, None, weight, 1, 4, 3, None, 0, x, None, True, False)
 
 
+def test_refusals_of_a_trained_nets_ops():
+    x, weight, bias = activation(), torch.randn(4, 5, 3, 3), torch.randn(4)
+    with pytest.raises(ValueError, match=r"x must be \[N, C, H, W\], got \[5, 4, 3\]"):
+        OPS.conv_bias_act(x[0], weight, bias, None, True, 1)
+    with pytest.raises(ValueError, match=r"weight must be \[K, 5, 1, 1\] or \[K, 5, 3, 3\]"):
+        OPS.conv_bias_act(x, torch.randn(4, 5, 7, 7), bias, None, True, 1)
+    with pytest.raises(TypeError, match=r"weight must be torch.float32, got torch.bfloat16"):
+        OPS.conv_bias_act(x, weight.bfloat16(), bias, None, True, 1)
+    with pytest.raises(ValueError, match="stride must be 1 or 2, got 3"):
+        OPS.conv_bias_act(x, weight, bias, None, True, 3)
+    with pytest.raises(ValueError, match=r"bias must be contiguous, \[4\] on cpu, got \[5\]"):
+        OPS.conv_bias_act(x, weight, torch.randn(5), None, True, 1)
+    with pytest.raises(TypeError, match="bias must be torch.float32, got torch.bfloat16"):
+        OPS.conv_bias_act(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), None, True, 1)
+    with pytest.raises(TypeError, match="bias must be torch.float64, got torch.float32"):
+        OPS.conv_bias_act(x.double(), weight.double(), bias, None, True, 1)
+    with pytest.raises(ValueError, match=r"residual must be \[2, 4, 4, 3\] on cpu, got \[2, 5, 4, 3\]"):
+        OPS.conv_bias_act(x, weight, bias, x, True, 1)
+    with pytest.raises(TypeError, match="residual must be torch.float32, got torch.float16"):
+        OPS.conv_bias_act(x, weight, bias, activation((2, 4, 4, 3), torch.float16), True, 1)
+
+
 def test_backend_forces_and_refuses():
     x = activation()
     with fusedres.backend("reference"):
@@ -275,6 +303,10 @@ def problem(**facts):
         ({"device": "cpu", "capability": None}, {}, "cpu", "first choice on cpu"),
         ({"device": "cpu", "capability": None}, {"cpu": "not built"}, "aten", "not built"),
         ({"device": "mps", "capability": None}, {}, "aten", "no kernels for mps devices"),
+        ({"op": "bias_relu_maxpool"}, {}, "cuda", "first choice on cuda"),
+        ({"op": "conv_bias_act", "device": "cpu"}, {}, "aten", "cpu has no kernel for conv_bias_act"),
+        ({"op": "conv_bias_act", "conv": conv()}, {}, "triton", "predicted .*; not measured"),
+        ({"op": "conv_bias_act", "conv": conv(side=1)}, {}, "aten", "predicted .*; not measured"),
         ({"op": "conv_fwd", "device": "cpu"}, {}, "aten", "cpu has no kernel for conv_fwd"),
         ({"op": "conv_fwd", "conv": conv(groups=4)}, {}, "aten", "no op for groups or dilation, got 4 and 1"),
         ({"op": "conv_fwd", "conv": conv(side=7)}, {}, "aten", "ops are 1x1 and 3x3 .*, got 7x7"),
