@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from fusedres.inference.fold import fold
+from fusedres.inference.graph import When
 from fusedres.inference.model import OptimizedResNet
 
 __all__ = ["OptimizedResNet", "optimize_for_inference"]
@@ -25,7 +24,7 @@ def optimize_for_inference(
     model: nn.Module,
     dtype: torch.dtype | None = None,
     example_input: Tensor | None = None,
-    cuda_graph: bool | Literal["auto"] = "auto",
+    cuda_graph: When = "auto",
 ) -> OptimizedResNet:
     """A module that gives ``model``'s logits, as fast as this machine can.
 
@@ -56,7 +55,7 @@ def optimize_for_inference(
     # parameters that a load_state_dict can write to, whatever mode the caller is in
     with torch.inference_mode(False), torch.no_grad():
         net = fold(model).to(dtype).requires_grad_(False)
-        optimised = OptimizedResNet(net, dtype, dict.fromkeys((own, dtype)))
+        optimised = OptimizedResNet(net, dtype, dict.fromkeys((own, dtype)), cuda_graph)
     if example_input is not None:
         optimised(example_input)
     return optimised

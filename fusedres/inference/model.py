@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fusedres import ops
+from fusedres.inference import graph
 from fusedres.inference.layers import ConvBiasAct
 from fusedres.inference.onednn import Packs
 from fusedres.inference.program import Program
@@ -18,7 +19,7 @@ from fusedres.inference.program import Program
 # On a CPU a batch goes through the net in parts whose largest activation has so many bytes a thread: a part
 # stays in the caches from one layer to the next, and in memory that the allocator keeps. From ResNet-50 in
 # float32 and bfloat16 on two cores, where parts of half and twice the size were as fast within 4%.
-PART_BYTES_PER_THREAD = 6 << 20
+PART_BYTES_PER_THREAD = 8 << 20
 # shapes that programs are kept for
 PROGRAMS = 64
 
@@ -33,6 +34,7 @@ class OptimizedResNet(nn.Module):
         net: the folded graph.
         dtype: computed in.
         dtypes: those an input may have.
+        cuda_graph: when a GPU replays a captured graph.
 
     Shapes:
         [N, C, H, W], channels_last or not -> [N, classes], in the input's dtype
@@ -41,17 +43,20 @@ class OptimizedResNet(nn.Module):
         ValueError, TypeError: (by a call) the input is none of these, or on another device.
     """
 
-    def __init__(self, net: fx.GraphModule, dtype: torch.dtype, dtypes: Iterable[torch.dtype]) -> None:
+    def __init__(
+        self, net: fx.GraphModule, dtype: torch.dtype, dtypes: Iterable[torch.dtype], cuda_graph: graph.When
+    ) -> None:
         super().__init__()
         self.net = net
         self.dtype, self.dtypes = dtype, tuple(dtypes)
+        self.cuda_graph = cuda_graph
         super().train(False)
         self._forget()
 
     def _forget(self) -> None:
         """Drop what was made of the parameters."""
         self._lock = threading.Lock()
-        self._programs: dict[Any, Program] = {}
+        self._programs: dict[Any, Program | graph.Captured] = {}
         self._packs = Packs()
         self._parameters_made_of = list(self.net.parameters())
         self._version = self._parameters_version()
@@ -102,15 +107,17 @@ class OptimizedResNet(nn.Module):
         version = self._parameters_version()
         if version != self._version:
             self._forget()
-        key = (x.shape, ops.forced_backend())
+        captured = graph.pays(x, self.cuda_graph)
+        key = (x.shape, ops.forced_backend(), captured)
         program = self._programs.get(key)
         if program is not None:
             return program(x)
         with self._lock:
-            program = self._programs[key] = Program(self.net, x, self._packs)
+            program, first = Program.made(self.net, x, self._packs)
+            self._programs[key] = graph.Captured(program, x) if captured else program
             if len(self._programs) > PROGRAMS:
                 del self._programs[next(iter(self._programs))]  # the oldest
-        return program.first
+        return first
 
     def _check(self, x: Any) -> None:
         if not isinstance(x, Tensor):

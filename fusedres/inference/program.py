@@ -32,18 +32,20 @@ class Program:
 
     Args:
         net: the folded graph, of one input and one output.
-        x: [N, C, H, W].
         packs: where packed weights are shared between programs.
-
-    Attributes:
-        first: the output for ``x``.
     """
 
-    def __init__(self, net: fx.GraphModule, x: Tensor, packs: onednn.Packs) -> None:
+    def __init__(self, net: fx.GraphModule, packs: onednn.Packs) -> None:
         self._net, self._packs = net, packs
         self._steps: list[Step] = []
-        self._slots = 0
-        self.first, self._result = self._make(x)
+        self._slots = self._result = 0
+
+    @classmethod
+    def made(cls, net: fx.GraphModule, x: Tensor, packs: onednn.Packs) -> tuple[Program, Tensor]:
+        """A program for inputs like ``x``, and its output for that one."""
+        program = cls(net, packs)
+        out, program._result = program._make(x)
+        return program, out
 
     def __call__(self, x: Tensor) -> Tensor:
         values: list[Any] = [None] * self._slots
