@@ -3,7 +3,7 @@
 from fusedres import functional
 from fusedres._explain import explain
 from fusedres._version import __version__
-from fusedres.inference import optimize_for_inference
+from fusedres.inference import optimize_for_inference, quantize_for_inference
 from fusedres.models.cifar import CifarResNet
 from fusedres.models.resnet import (
     ResNet18,
@@ -31,6 +31,7 @@ __all__ = [
     "explain",
     "functional",
     "optimize_for_inference",
+    "quantize_for_inference",
     "resnet18",
     "resnet34",
     "resnet50",

@@ -22,6 +22,7 @@ from fusedres.inference import OptimizedResNet, onednn
 from fusedres.inference.layers import ConvBiasAct
 
 DTYPES = [torch.float32, torch.bfloat16]
+EXPORTED_OPS = {"aten", "_operator"}
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 

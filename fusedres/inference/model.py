@@ -58,7 +58,7 @@ class OptimizedResNet(nn.Module):
         self._lock = threading.Lock()
         self._programs: dict[Any, Program | graph.Captured] = {}
         self._packs = Packs()
-        self._parameters_made_of = list(self.net.parameters())
+        self._parameters_made_of = [*self.net.parameters(), *self.net.buffers()]
         self._version = self._parameters_version()
         stem = next(m for m in self.net.modules() if isinstance(m, ConvBiasAct))
         self._device, self._channels = stem.weight.device, stem.weight.shape[1] * stem.groups

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedres.inference.bound import Bound
 from fusedres.inference.layers import ConvBiasAct, Stem
 from fusedres.inference.pool import pool
+from fusedres.inference.quantized import QuantizedConv
 
 _OPS: Any = torch.ops.mkldnn
+_QUANTIZED: Any = torch.ops.onednn
 _reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # type: ignore[attr-defined,unused-ignore]
 
 
@@ -30,6 +32,18 @@ def unavailable(dtype: torch.dtype) -> str | None:
     return None
 
 
+def quantized_unavailable() -> str | None:
+    """Why 8-bit convolutions aren't right or aren't fast on this CPU; None if they are.
+
+    Without VNNI two products are added in 16 bits, which can overflow.
+    """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "this torch is built without oneDNN"
+    if not torch.cpu._is_vnni_supported():
+        return "this CPU has no VNNI"
+    return None
+
+
 class Packs:
     """Weights in the blocked layouts that oneDNN would bring them into in every call.
 
@@ -38,15 +52,35 @@ class Packs:
     """
 
     def __init__(self) -> None:
-        self._packed: dict[tuple[int, bytes], Tensor] = {}
+        self._packed: dict[tuple[nn.Module, bytes], Tensor] = {}
+        self._converted: dict[tuple[nn.Module, torch.dtype], ConvBiasAct] = {}
+
+    def quantized(self, layer: QuantizedConv, x: Tensor) -> Tensor:
+        packed: Tensor = _QUANTIZED.qconv_prepack(
+            *(layer.weight, layer.weight_step, *layer.x, layer.stride, layer.padding, layer.dilation),
+            *(layer.groups, x.shape),
+        )
+        return self._shared(layer, packed)
+
+    def converted(self, layer: QuantizedConv, dtype: torch.dtype) -> ConvBiasAct:
+        """``layer`` as one in floating point."""
+        found = self._converted.get((layer, dtype))
+        if found is None:
+            sizes: tuple[Any, ...] = (layer.stride, layer.padding, layer.dilation, layer.groups)
+            plain = ConvBiasAct(layer.float_weight(), layer.bias, *sizes, relu=layer.relu)
+            found = self._converted[layer, dtype] = plain.to(dtype)
+        return found
 
     def of(self, layer: ConvBiasAct, x: Tensor) -> Tensor:
         packed: Tensor = _reorder(
             *(layer.weight.detach().to_mkldnn(), layer.padding, layer.stride, layer.dilation),
             *(layer.groups, x.shape),
         )
+        return self._shared(layer, packed)
+
+    def _shared(self, layer: nn.Module, packed: Tensor) -> Tensor:
         layout = _OPS._get_mkldnn_serialized_md(packed).numpy().tobytes()
-        return self._packed.setdefault((id(layer), layout), packed)
+        return self._packed.setdefault((layer, layout), packed)
 
 
 def bind_conv(layer: ConvBiasAct, x: Tensor, packs: Packs, *, residual: bool, reuse: bool) -> Bound:
@@ -62,6 +96,58 @@ def bind_conv(layer: ConvBiasAct, x: Tensor, packs: Packs, *, residual: bool, re
         add_to = _OPS._convolution_pointwise_.binary
         return Bound(lambda x, residual, *constants: add_to(residual, x, *constants), added)
     return Bound(_OPS._convolution_pointwise.binary, added)
+
+
+def quantized_candidates(
+    layer: QuantizedConv, x: Tensor, packs: Packs, *, residual: bool, reuse: bool
+) -> dict[str, Bound]:
+    """The ways to run ``layer``: in 8 bits, or by a floating-point convolution between two conversions."""
+    found = {}
+    if quantized_unavailable() is None:
+        found["int8"] = _quantized(layer, x, packs, residual=residual, reuse=reuse)
+    dtype = torch.float32 if unavailable(torch.bfloat16) else torch.bfloat16
+    if unavailable(dtype) is None:
+        found[str(dtype).removeprefix("torch.")] = _converted(layer, x, packs, dtype, residual=residual)
+    return found
+
+
+def _converted(layer: QuantizedConv, x: Tensor, packs: Packs, dtype: torch.dtype, *, residual: bool) -> Bound:
+    plain = packs.converted(layer, dtype)
+    conv = bind_conv(plain, x.to(dtype), packs, residual=residual, reuse=residual)
+    scales = (layer.x, layer.residual) if residual else (layer.x,)
+
+    def run(*tensors: Tensor) -> Tensor:
+        given = [s.dequantize(t).to(dtype) for s, t in zip(scales, tensors, strict=True) if s is not None]
+        return layer.out.quantize(conv.run(*given, *conv.constants))
+
+    return Bound(run)
+
+
+def _quantized(layer: QuantizedConv, x: Tensor, packs: Packs, *, residual: bool, reuse: bool) -> Bound:
+    sizes = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
+    step, zero = layer.x
+    weight = packs.quantized(layer, x)
+    zeros = torch.zeros(len(layer.bias), dtype=torch.int64)
+    given = (step, zero, weight, layer.weight_step, zeros)
+    out = (layer.out.step, layer.out.zero, torch.uint8)
+    if not residual or layer.residual is None:
+        conv = _QUANTIZED.qconv2d_pointwise.default
+        return Bound(conv, (*given, layer.bias, *sizes, *out, "relu" if layer.relu else "none", [], ""))
+    add_to = _QUANTIZED.qconv2d_pointwise.binary
+    added: tuple[Any, ...] = (
+        layer.bias,
+        *sizes,
+        *out,
+        *layer.residual,
+        "sum",
+        1.0,
+        "relu" if layer.relu else "none",
+        [],
+        "",
+    )
+    if reuse:
+        return Bound(lambda x, residual: add_to(x, *given, residual, *added))
+    return Bound(lambda x, residual: add_to(x, *given, residual.clone(), *added))
 
 
 def bind_stem(layer: Stem, x: Tensor, packs: Packs) -> Bound:

@@ -6,6 +6,8 @@ depend on values is settled when the program is made, on its first input.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +18,9 @@ from fusedres import ops
 from fusedres.inference import gpu, onednn
 from fusedres.inference.bound import Bound
 from fusedres.inference.layers import ConvBiasAct, Stem
+from fusedres.inference.quantized import QuantizedConv
+
+_ROUNDS = 4
 
 
 class Step(NamedTuple):
@@ -37,6 +42,8 @@ class Program:
 
     def __init__(self, net: fx.GraphModule, packs: onednn.Packs) -> None:
         self._net, self._packs = net, packs
+        # milliseconds of each way to run a layer that has several
+        self.measured: dict[str, dict[str, float]] = {}
         self._steps: list[Step] = []
         self._slots = self._result = 0
 
@@ -103,12 +110,34 @@ class Program:
             return Bound(run, node.args[len(tensors) :])
         return Bound(_anywhere(run, node))
 
+    def _fastest(self, name: str, ways: dict[str, Bound], tensors: list[Tensor]) -> Bound | None:
+        """The fastest of ``ways``; the first where timings must not decide."""
+        if len(ways) < 2 or torch.are_deterministic_algorithms_enabled():
+            return next(iter(ways.values()), None)
+        took = dict.fromkeys(ways, math.inf)
+        for _ in range(_ROUNDS):
+            for way, bound in ways.items():
+                given = [tensors[0], *(t.clone() for t in tensors[1:])]  # may be written over
+                start = time.perf_counter()
+                bound.run(*given, *bound.constants)
+                took[way] = min(took[way], 1e3 * (time.perf_counter() - start))
+        self.measured[name] = took
+        return ways[min(took, key=took.__getitem__)]
+
     def _bind_layer(self, layer: nn.Module, node: fx.Node, tensors: list[Tensor]) -> Bound | None:
         """What is better than calling the module; None if nothing is."""
         forced, x = ops.forced_backend(), tensors[0]
-        if not isinstance(layer, ConvBiasAct) or forced == "reference" or x.numel() == 0:
+        if not isinstance(layer, ConvBiasAct | QuantizedConv) or forced == "reference" or x.numel() == 0:
             return None
         residual = tensors[1] if len(tensors) > 1 else None
+        reuse = len(node.args) > 2
+        if isinstance(layer, QuantizedConv):
+            if x.device.type != "cpu":
+                return None
+            ways = onednn.quantized_candidates(
+                layer, x, self._packs, residual=residual is not None, reuse=reuse
+            )
+            return self._fastest(str(node.target), ways, tensors)
         if x.device.type == "cuda" or forced in ("triton", "cuda"):
             if isinstance(layer, Stem):
                 return gpu.bind_stem(layer, x)
@@ -116,7 +145,6 @@ class Program:
         if x.device.type == "cpu" and onednn.unavailable(x.dtype) is None:
             if isinstance(layer, Stem):
                 return onednn.bind_stem(layer, x, self._packs)
-            reuse = len(node.args) > 2
             return onednn.bind_conv(layer, x, self._packs, residual=residual is not None, reuse=reuse)
         return None
 
