@@ -157,6 +157,15 @@ PYBIND11_MODULE(_C, m) {
       },
       nogil());
   m.def(
+      "cpu_bias_relu_maxpool",
+      [](const std::string& dtype, int64_t n, int64_t c, int64_t h, int64_t w, bool planes,
+         int threads, uintptr_t x, uintptr_t bias, uintptr_t z) {
+        const ImageCall k = call(dtype, n, c, h, w, planes, threads);
+        kernels().bias_relu_maxpool(k.dtype, k.image, at<void>(needed("x", x)), at<float>(bias),
+                                    at<void>(needed("z", z)), k.threads);
+      },
+      nogil());
+  m.def(
       "cpu_bn_relu_maxpool_backward_reduce",
       [](const std::string& dtype, int64_t n, int64_t c, int64_t h, int64_t w, bool planes,
          int threads, uintptr_t grad, uintptr_t index, uintptr_t x, uintptr_t stats,

@@ -159,6 +159,15 @@ void bind_cuda(py::module_& m) {
       },
       nogil());
   m.def(
+      "cuda_bias_relu_maxpool",
+      [](const string& dtype, int64_t n, int64_t height, int64_t width, int64_t channels,
+         uintptr_t x, uintptr_t bias, uintptr_t z, int multiprocessors, uintptr_t stream) {
+        cuda::bias_relu_maxpool(dtype_of<DType>(dtype), image(n, height, width, channels),
+                                to<void>("x", x), at<float>(bias), to<void>("z", z),
+                                device(multiprocessors, stream));
+      },
+      nogil());
+  m.def(
       "cuda_bn_relu_maxpool_backward_reduce",
       [](const string& dtype, int64_t n, int64_t height, int64_t width, int64_t channels,
          uintptr_t grad, uintptr_t index, uintptr_t x, uintptr_t stats, uintptr_t workspace,

@@ -85,6 +85,9 @@ def cpu_bn_relu_maxpool(
     z: int,
     index: int,
 ) -> None: ...
+def cpu_bias_relu_maxpool(
+    dtype: str, n: int, c: int, h: int, w: int, planes: bool, threads: int, x: int, bias: int, z: int
+) -> None: ...
 def cpu_bn_relu_maxpool_backward_reduce(
     dtype: str,
     n: int,
@@ -210,6 +213,18 @@ def cuda_bn_relu_maxpool(
     stats: int,
     z: int,
     index: int,
+    multiprocessors: int,
+    stream: int,
+) -> None: ...
+def cuda_bias_relu_maxpool(
+    dtype: str,
+    n: int,
+    height: int,
+    width: int,
+    channels: int,
+    x: int,
+    bias: int,
+    z: int,
     multiprocessors: int,
     stream: int,
 ) -> None: ...

@@ -31,6 +31,7 @@ LAUNCHES = {
         r"bn_act_backward_apply of \[6, 8\]",
     ),
     "cuda_bn_relu_maxpool": ((*IMAGE, SOME, SOME, SOME, SOME), r"bn_relu_maxpool of \[2, 16, 7, 5\]"),
+    "cuda_bias_relu_maxpool": ((*IMAGE, SOME, 0, SOME), r"bias_relu_maxpool of \[2, 16, 7, 5\]"),
     "cuda_bn_relu_maxpool_backward_reduce": (
         (*IMAGE, SOME, SOME, SOME, SOME, SOME, SOME),
         r"bn_relu_maxpool_backward_reduce of \[2, 16, 7, 5\]",
@@ -81,6 +82,12 @@ def test_a_launch_error_names_the_kernel_and_its_problem(name):
         ),
         ("cuda_bn_relu_maxpool", {2: 0}, "an image must not be empty"),
         ("cuda_bn_relu_maxpool", {1: 1 << 20, 2: 1 << 6, 3: 1 << 6}, r"2\^31 pixels or more"),
+        (
+            "cuda_bias_relu_maxpool",
+            {1: 1 << 20, 2: 1 << 6, 3: 1 << 6},
+            r"bias_relu_maxpool of .* 2\^31 pixels",
+        ),
+        ("cuda_bias_relu_maxpool", {7: 0}, "z must not be null"),
         ("cuda_cast_weights", {0: "float32"}, "cast_weights casts to 16 bits"),
         ("cuda_cast_weights", {1: [(SOME, SOME, 0, 3, 9)]}, "a weight must not be empty"),
         ("cuda_cast_weights", {1: [(0, SOME, 8, 3, 9)]}, "weight must not be null"),

@@ -70,6 +70,7 @@ def arguments(name, dtype=torch.float32, layout="channels_last"):
             (grad, x, stats, sums, r, r_stats, r_sums, False),
         ],
         "bn_relu_maxpool": [(x, stats)],
+        "bias_relu_maxpool": [(x, bias), (x, None)],
         "bn_relu_maxpool_backward_reduce": [(pooled, index, x, stats)],
         "bn_relu_maxpool_backward_apply": [(pooled, index, x, stats, sums), (pooled, index, x, stats, None)],
         "global_avg_pool": [(x,)],
@@ -90,6 +91,11 @@ def arguments(name, dtype=torch.float32, layout="channels_last"):
         "conv_wgrad": [
             (du, None, None, None, image, None, False, filters, 2),
             (du, y, y_stats, y_sums, image, stats, True, filters, 2),
+        ],
+        "conv_bias_act": [
+            (image, filters, y_stats[0], du, True, 2),
+            (x, square, None, activation((2, 6, 4, 3), dtype, layout), False, 1),
+            (x, filters, None, None, True, 1),
         ],
         "stem_conv": [
             (photo, stem, torch.randn(4), torch.randn(4), 1e-5, True, dtype),
@@ -275,6 +281,10 @@ def problem(**facts):
         ({"device": "cpu", "capability": None}, {}, "cpu", "first choice on cpu"),
         ({"device": "cpu", "capability": None}, {"cpu": "not built"}, "aten", "not built"),
         ({"device": "mps", "capability": None}, {}, "aten", "no kernels for mps devices"),
+        ({"op": "bias_relu_maxpool"}, {}, "cuda", "first choice on cuda"),
+        ({"op": "conv_bias_act", "device": "cpu"}, {}, "aten", "cpu has no kernel for conv_bias_act"),
+        ({"op": "conv_bias_act", "conv": conv()}, {}, "triton", "predicted .*; not measured"),
+        ({"op": "conv_bias_act", "conv": conv(side=1)}, {}, "aten", "predicted .*; not measured"),
         ({"op": "conv_fwd", "device": "cpu"}, {}, "aten", "cpu has no kernel for conv_fwd"),
         ({"op": "conv_fwd", "conv": conv(groups=4)}, {}, "aten", "no op for groups or dilation, got 4 and 1"),
         ({"op": "conv_fwd", "conv": conv(side=7)}, {}, "aten", "ops are 1x1 and 3x3 .*, got 7x7"),

@@ -66,6 +66,9 @@ struct Kernels {
   void (*bn_relu_maxpool)(DType, Image, const void* x, const float* stats, void* z, uint8_t* index,
                           int threads);
 
+  // z = max pool of relu(x + bias), the bias may be null: x -> z
+  void (*bias_relu_maxpool)(DType, Image, const void* x, const float* bias, void* z, int threads);
+
   // bn_act_backward_reduce and _apply where du is, in every pixel, the sum of the gradients of the
   // windows that it is the maximum of: grad, index, x -> 4C floats; grad, index, x -> dx
   void (*bn_relu_maxpool_backward_reduce)(DType, Image, const void* grad, const uint8_t* index,

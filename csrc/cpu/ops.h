@@ -16,6 +16,7 @@ void bn_act_backward_apply(DType, Shape, const void* grad, const void* x, const 
                            const float* sums, const void* residual, const float* residual_stats,
                            const float* residual_sums, bool relu, void* dx, void* dresidual,
                            int threads);
+void bias_relu_maxpool(DType, Image, const void* x, const float* bias, void* z, int threads);
 void bn_relu_maxpool(DType, Image, const void* x, const float* stats, void* z, uint8_t* index,
                      int threads);
 void bn_relu_maxpool_backward_reduce(DType, Image, const void* grad, const uint8_t* index,

@@ -5,6 +5,8 @@
 // as long as a line of windows, all that a vector of windows needs lies side by side too.
 #pragma once
 
+#include <utility>
+
 #include "parallel.h"
 
 namespace fusedres::cpu::FUSEDRES_ISA {
@@ -90,5 +92,78 @@ inline void for_each_place(const Image& s, int64_t part, const F& f) {
         {last * s.c + c, 2 * last * s.c + c, c, lanes, odd ? lanes : First{0}, First{0}}, s.c});
   }
 }
+
+// A row of pixels: the even columns, and the odd ones with one of padding before them.
+template <class T>
+struct Lines {
+  T *even, *odd;
+};
+
+// The walk over rows of windows. A row of pixels becomes lines once, in the activation's type,
+// which stay in the cache for the windows over it: so maxima are compared as rounded. Padding is 0.
+template <class T>
+class RowsOfWindows {
+ public:
+  RowsOfWindows(const Image& image, const T* x) : s(image), d(image), x(x) {}
+
+  // The distance in a line of odd columns to the window before.
+  int64_t step() const { return d.step; }
+  // Values in a line of windows.
+  int64_t line() const { return d.line; }
+
+  // Calls pool(first, lines) with the offset of every row of windows and the lines of its three
+  // rows of pixels; of(place) gives the function that makes of pixels what is compared.
+  template <class Of, class Pool>
+  void for_each(int threads, const Of& of, const Pool& pool) const {
+    const int64_t rows = d.parts * s.oh(), values = kLines * values_of_lines();
+    const Buffer<T> memory = buffer<T>(threads * values);
+    parallel_for(threads, threads, [&](int64_t t) {
+      walk(rows * t / threads, rows * (t + 1) / threads, memory.get() + t * values, of, pool);
+    });
+  }
+
+ private:
+  static constexpr int kLines = 4;  // three rows, and one of zeros: the padding above and below
+  Image s;
+  Strides d;
+  const T* x;
+
+  int64_t values_of_lines() const { return 2 * d.line + d.step; }
+
+  template <class Of>
+  void fill(int64_t part, int64_t h, Lines<T> to, const Of& of) const {
+    const T* row = x + (part * s.h + h) * d.row;
+    for_each_place(s, part, [=](auto place) {
+      const auto f = of(place);
+      const Pair v = place.load_pixels(row);
+      store(to.even + place.at, f(v.even), place.lanes);
+      store(to.odd + place.at, f(v.odd), place.odd);
+    });
+  }
+
+  // Rows of windows [begin, end), counted through all parts of the image.
+  template <class Of, class Pool>
+  void walk(int64_t begin, int64_t end, T* memory, const Of& of, const Pool& pool) const {
+    std::memset(memory, 0, kLines * values_of_lines() * sizeof(T));
+    Lines<T> lines[kLines];
+    for (Lines<T>& l : lines) {
+      l = {memory, memory + d.line + d.step};
+      memory += values_of_lines();
+    }
+    auto& [above, middle, below, zeros] = lines;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t part = row / s.oh(), h = 2 * (row % s.oh());
+      if (row == begin && h > 0) {
+        fill(part, h - 1, above, of);
+      } else {
+        std::swap(above, below);
+      }
+      fill(part, h, middle, of);
+      if (h + 1 < s.h) fill(part, h + 1, below, of);
+      const Lines<T> three[3] = {h > 0 ? above : zeros, middle, h + 1 < s.h ? below : zeros};
+      pool(row * d.line, three);
+    }
+  }
+};
 
 }  // namespace fusedres::cpu::FUSEDRES_ISA

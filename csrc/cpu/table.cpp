@@ -12,6 +12,7 @@ const Kernels table = {FUSEDRES_STRING(FUSEDRES_ISA),
                        bn_act_backward_reduce,
                        bn_act_backward_apply,
                        bn_relu_maxpool,
+                       bias_relu_maxpool,
                        bn_relu_maxpool_backward_reduce,
                        bn_relu_maxpool_backward_apply};
 

@@ -1,21 +1,10 @@
 #include "bn_relu_maxpool.cuh"
-#include "launch.cuh"
+#include "pool_launch.cuh"
 
 namespace fusedres::cuda {
 namespace {
 
-static_assert(kPoolBlocks <= kMostBlocks);
-
-PoolShape pool(const Image& i) {
-  if (i.n * i.height * i.width >= int64_t{1} << 31) {
-    throw std::invalid_argument("bn_relu_maxpool of " + image(i) + ": 2^31 pixels or more");
-  }
-  return {static_cast<int>(i.n), static_cast<int>(i.height), static_cast<int>(i.width), i.channels};
-}
-
-Grid over_strips(const Image& i, int64_t columns, int multiprocessors) {
-  return over_rows(pool(i).places(), columns, 1, kPoolBlocks, multiprocessors);
-}
+PoolShape pool(const Image& i) { return pool_shape("bn_relu_maxpool", i); }
 
 }  // namespace
 
@@ -27,7 +16,7 @@ void bn_relu_maxpool(DType dtype, Image i, const void* x, const float* stats, vo
                      uint8_t* index, Device device) {
   with_type_and_width(dtype, i.channels, {x, stats, z, index}, [&](auto* type, auto width) {
     using T = std::remove_pointer_t<decltype(type)>;
-    launch("bn_relu_maxpool", image(i), over_strips(i, i.channels / width, device.multiprocessors),
+    launch("bn_relu_maxpool", image(i), over_strips(pool(i), width, device.multiprocessors),
            device.stream, bn_relu_maxpool_kernel<T, width.value>, static_cast<const T*>(x), stats,
            static_cast<T*>(z), index, pool(i));
   });
@@ -38,7 +27,7 @@ void bn_relu_maxpool_backward_reduce(DType dtype, Image i, const void* grad, con
                                      float* sums, Device device) {
   with_type_and_width(dtype, i.channels, {grad, index, x, stats}, [&](auto* type, auto width) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Grid g = over_strips(i, i.channels / width, device.multiprocessors);
+    const Grid g = over_strips(pool(i), width, device.multiprocessors);
     launch("bn_relu_maxpool_backward_reduce", image(i), g, device.stream,
            bn_relu_maxpool_partial_kernel<T, width.value>, static_cast<const T*>(grad), index,
            static_cast<const T*>(x), stats, workspace, pool(i));
@@ -54,7 +43,7 @@ void bn_relu_maxpool_backward_apply(DType dtype, Image i, const void* grad, cons
   with_type_and_width(
       dtype, i.channels, {grad, index, x, stats, sums, dx}, [&](auto* type, auto width) {
         using T = std::remove_pointer_t<decltype(type)>;
-        const Grid g = over_strips(i, i.channels / width, device.multiprocessors);
+        const Grid g = over_strips(pool(i), width, device.multiprocessors);
         if (sums == nullptr) {
           launch("bn_relu_maxpool_backward_apply (fixed statistics)", image(i), g, device.stream,
                  bn_relu_maxpool_fixed_kernel<T, width.value>, static_cast<const T*>(grad), index,

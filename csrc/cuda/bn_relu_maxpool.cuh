@@ -1,49 +1,14 @@
 // relu(x * scale + shift) and the maximum over 3x3 windows, stride 2, padding 1, of an image in
 // channels_last; and its backward, fused with the batch norm's. What is kept for the backward is
 // the place of each maximum in its window, a byte.
-//
-// A thread keeps a column of channels and walks down a strip of rows, so that what two windows
-// share is loaded once.
 #pragma once
 
 #include "bn_act_backward.cuh"
+#include "pool.cuh"
 
 namespace fusedres::cuda {
 
-constexpr int kStrip = 8;        // rows of the output
 constexpr uint8_t kNowhere = 9;  // the maximum is <= 0: no gradient flows
-constexpr int kPoolBlocks = 2;
-
-// Pixels of an image and places of a batch are counted in 32 bits, offsets in 64.
-struct PoolShape {
-  int n, height, width;
-  int64_t channels;
-  __host__ __device__ int out_height() const { return (height - 1) / 2 + 1; }
-  __host__ __device__ int out_width() const { return (width - 1) / 2 + 1; }
-  __host__ __device__ int strips() const { return (out_height() + kStrip - 1) / kStrip; }
-  // Strips of one output column each: the rows of the matrix that a grid lies on.
-  __host__ __device__ int places() const { return n * strips() * out_width(); }
-};
-
-// One strip: of image n, output rows [top, bottom), output column `column`.
-struct Strip {
-  int n, top, bottom, column;
-  __device__ __forceinline__ Strip(const PoolShape& s, int place) {
-    column = place % s.out_width();
-    place /= s.out_width();
-    top = place % s.strips() * kStrip;
-    n = place / s.strips();
-    bottom = top + kStrip < s.out_height() ? top + kStrip : s.out_height();
-  }
-};
-
-// Where the image n begins that has so many pixels, and a pixel in it.
-__device__ __forceinline__ int64_t image(int n, int pixels, const PoolShape& s) {
-  return static_cast<int64_t>(n) * pixels * s.channels;
-}
-__device__ __forceinline__ int64_t pixel(int row, int column, int width, const PoolShape& s) {
-  return static_cast<int64_t>(row * width + column) * s.channels;
-}
 
 // The maximum of a window so far, by torch's rule: a NaN or something larger takes its place.
 template <int W>
@@ -60,30 +25,11 @@ struct Maximum {
       place[i] = at;
     }
   }
+  // What another has taken in, its places counted from `first`.
+  __device__ __forceinline__ void merge(int i, const Maximum& other, int first) {
+    take(i, other.value[i], first + other.place[i]);
+  }
 };
-
-// Takes in the three pixels of a window that lie in one row of the image, as bn_act would store
-// them; the first of them is `first` of the window.
-template <class T, int W>
-__device__ __forceinline__ void take_row(Maximum<W>& best, int first, const T* x,
-                                         const PoolShape& s, int row, int column,
-                                         const Pack<float, W>& scale, const Pack<float, W>& shift) {
-  if (row < 0 || row >= s.height) return;
-  Pack<T, W> pixels[3];
-#pragma unroll
-  for (int k = 0; k < 3; ++k) {
-    const int at = 2 * column - 1 + k;
-    if (at >= 0 && at < s.width) pixels[k] = load<W>(x + pixel(row, at, s.width, s));
-  }
-#pragma unroll
-  for (int k = 0; k < 3; ++k) {
-    const int at = 2 * column - 1 + k;
-    if (at < 0 || at >= s.width) continue;
-    const auto u = stored<T>(widen(pixels[k]), scale, shift);
-#pragma unroll
-    for (int i = 0; i < W; ++i) best.take(i, u.v[i], first + k);
-  }
-}
 
 // x -> z, index
 template <class T, int W>
@@ -94,34 +40,20 @@ __global__ void __launch_bounds__(kThreads, kPoolBlocks)
   if (p.channel >= s.channels) return;
   const auto scale = load_row<W>(stats, kScale, s.channels, p.channel);
   const auto shift = load_row<W>(stats, kShift, s.channels, p.channel);
-#pragma unroll 1
-  for (int64_t at = p.row; at < s.places(); at += p.step) {
-    const Strip strip(s, static_cast<int>(at));
-    const T* from = x + image(strip.n, s.height * s.width, s) + p.channel;
-    const int64_t to = image(strip.n, s.out_height() * s.out_width(), s) + p.channel;
-    // of the row of pixels that a window shares with the one below it
-    Maximum<W> shared;
-    take_row<T, W>(shared, 0, from, s, 2 * strip.top - 1, strip.column, scale, shift);
-#pragma unroll 1
-    for (int y = strip.top; y < strip.bottom; ++y) {
-      Maximum<W> best = shared;
-      take_row<T, W>(best, 3, from, s, 2 * y, strip.column, scale, shift);
-      shared = Maximum<W>();
-      take_row<T, W>(shared, 0, from, s, 2 * y + 1, strip.column, scale, shift);
-      Pack<float, W> value;
-      Pack<uint8_t, W> place;
+  // maxima are those of the values as bn_act would store them
+  const auto norm = [&](const Pack<float, W>& pixels) { return stored<T>(pixels, scale, shift); };
+  for_each_window<Maximum<W>, T, W>(x, s, p, norm, [&](int64_t out, const Maximum<W>& best) {
+    Pack<float, W> value;
+    Pack<uint8_t, W> place;
 #pragma unroll
-      for (int i = 0; i < W; ++i) {
-        best.take(i, shared.value[i], 6 + shared.place[i]);
-        const bool nothing = best.value[i] <= 0.0f;
-        value.v[i] = nothing ? 0.0f : best.value[i];
-        place.v[i] = static_cast<uint8_t>(nothing ? kNowhere : best.place[i]);
-      }
-      const int64_t out = to + pixel(y, strip.column, s.out_width(), s);
-      store(z + out, narrow<T>(value));
-      store(index + out, place);
+    for (int i = 0; i < W; ++i) {
+      const bool nothing = best.value[i] <= 0.0f;
+      value.v[i] = nothing ? 0.0f : best.value[i];
+      place.v[i] = static_cast<uint8_t>(nothing ? kNowhere : best.place[i]);
     }
-  }
+    store(z + out, narrow<T>(value));
+    store(index + out, place);
+  });
 }
 
 // A window's gradient and the place that it goes to.

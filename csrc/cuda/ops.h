@@ -62,6 +62,8 @@ struct Image {
 // index is 3 * row + column of the maximum in its window, or 9 where it is <= 0.
 void bn_relu_maxpool(DType, Image, const void* x, const float* stats, void* z, uint8_t* index,
                      Device);
+// The same of relu(x + bias), without an index: x -> z. The bias may be null.
+void bias_relu_maxpool(DType, Image, const void* x, const float* bias, void* z, Device);
 // grad, index, x -> sums; needs bn_relu_maxpool_workspace floats of scratch memory
 int64_t bn_relu_maxpool_workspace(DType, Image, int multiprocessors);
 void bn_relu_maxpool_backward_reduce(DType, Image, const void* grad, const uint8_t* index,

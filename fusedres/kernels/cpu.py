@@ -125,6 +125,10 @@ def bn_relu_maxpool(x: Tensor, stats: Tensor, z: Tensor, index: Tensor) -> None:
     _C.cpu_bn_relu_maxpool(*_image(x), _at(x), _at(stats), _at(z), _at(index))
 
 
+def bias_relu_maxpool(x: Tensor, bias: Tensor | None, z: Tensor) -> None:
+    _C.cpu_bias_relu_maxpool(*_image(x), _at(x), _at(bias), _at(z))
+
+
 def bn_relu_maxpool_backward_reduce(
     grad: Tensor, index: Tensor, x: Tensor, stats: Tensor, sums: Tensor
 ) -> None:

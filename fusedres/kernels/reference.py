@@ -185,6 +185,11 @@ def bn_relu_maxpool_backward_apply(
     dx.copy_(_apply(_unpool(grad, index, x, stats.dtype), x, stats, sums))
 
 
+def bias_relu_maxpool(x: Tensor, bias: Tensor | None, z: Tensor) -> None:
+    u = _wide(x) if bias is None else _wide(x) + _per_channel(bias)
+    z.copy_(F.max_pool2d(torch.relu(u), 3, 2, 1))
+
+
 def global_avg_pool(x: Tensor, out: Tensor) -> None:
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     out.copy_(x.to(wide).mean((2, 3), keepdim=True))
@@ -225,6 +230,21 @@ def conv_fwd(
     y.copy_(F.conv2d(_wide(activation), _wide(weight), None, stride, weight.shape[2] // 2))
     if y_stats is not None:
         bn_stats(y, norm_weight, norm_bias, eps, y_stats)
+
+
+def conv_bias_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    stride: int,
+    z: Tensor,
+) -> None:
+    u = F.conv2d(_wide(x), _wide(weight), bias, stride, weight.shape[2] // 2)
+    if residual is not None:
+        u += residual
+    z.copy_(torch.relu(u) if relu else u)
 
 
 def _output_gradient(du: Tensor, y: Tensor | None, y_stats: Tensor | None, y_sums: Tensor | None) -> Tensor:

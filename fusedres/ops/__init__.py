@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from fusedres.ops import (
+    bias_relu_maxpool,
     bn_act,
     bn_act_backward,
     bn_relu_maxpool,
     bn_stats,
     cast_weights,
     conv,
+    conv_bias_act,
     global_avg_pool,
     stem,
 )
@@ -48,9 +50,11 @@ OPS: dict[str, Op] = {
         bn_act,
         bn_act_backward,
         bn_relu_maxpool,
+        bias_relu_maxpool,
         global_avg_pool,
         cast_weights,
         conv,
+        conv_bias_act,
         stem,
     )
     for name, op in module.OPS.items()

@@ -20,7 +20,7 @@ def bn_relu_maxpool(x: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
     check_activations(x, stats)
     memory = layout(x)
     (x,) = laid_out(memory, x)
-    z, index = (_new_pooled(x, dtype) for dtype in (x.dtype, torch.uint8))
+    z, index = (new_pooled(x, dtype) for dtype in (x.dtype, torch.uint8))
     kernel("bn_relu_maxpool", x)(x, stats, z, index)
     return z, index
 
@@ -55,7 +55,7 @@ def _check_pooled(grad: Tensor, index: Tensor, x: Tensor, stats: Tensor) -> None
             raise ValueError(f"{name} must be {list(shape)} on {x.device}, got {list(t.shape)} on {t.device}")
 
 
-def _new_pooled(x: Tensor, dtype: torch.dtype) -> Tensor:
+def new_pooled(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(pooled(x.shape), dtype=dtype, device=x.device, memory_format=layout(x))
 
 
@@ -64,7 +64,7 @@ OPS = {
     "bn_relu_maxpool": Op(
         "(Tensor x, Tensor stats) -> (Tensor z, Tensor index)",
         bn_relu_maxpool,
-        lambda x, stats: (_new_pooled(x, x.dtype), _new_pooled(x, torch.uint8)),
+        lambda x, stats: (new_pooled(x, x.dtype), new_pooled(x, torch.uint8)),
     ),
     "bn_relu_maxpool_backward_reduce": Op(
         "(Tensor grad, Tensor index, Tensor x, Tensor stats) -> Tensor",

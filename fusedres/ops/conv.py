@@ -44,8 +44,8 @@ def conv_fwd(
     eps: float,
     statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    filters, channels = _check_weight(x, weight, stride)
-    _check(x, x.shape, residual=residual)
+    filters, channels = check_weight(x, weight, stride)
+    check_like(x, x.shape, residual=residual)
     check_vectors(x, (STATS_ROWS, channels), stats=stats)
     check_vectors(x, (filters,), norm_weight=norm_weight, norm_bias=norm_bias)
     check_residual(x, residual, residual_stats)
@@ -87,9 +87,9 @@ def conv_dgrad(
 ) -> tuple[Tensor, Tensor]:
     n, channels = du.shape[0], weight.shape[1]
     dx = torch.empty((n, channels, height, width), dtype=du.dtype, device=du.device, memory_format=layout(du))
-    _check_weight(dx, weight, stride)
+    check_weight(dx, weight, stride)
     _check_gradient(dx, du, y, y_stats, y_sums, weight, stride)
-    _check(dx, dx.shape, x=x)
+    check_like(dx, dx.shape, x=x)
     check_vectors(dx, (STATS_ROWS, channels), x_stats=x_stats)
     if (x is None) != (x_stats is None) or (sums and x is None):
         raise ValueError("x and x_stats must both be given, or neither and no sums")
@@ -105,7 +105,7 @@ def conv_dgrad(
 def _check_add(dx: Tensor, add: Tensor, first: int) -> None:
     n, channels, h, w = dx.shape
     sizes = ((h, w), (out_size(h, 2), out_size(w, 2)))
-    _check(dx, add.shape, add=add)
+    check_like(dx, add.shape, add=add)
     if add.dim() != 4 or add.shape[0] != n or tuple(add.shape[2:]) not in sizes:
         raise ValueError(f"add must be [{n}, C, {h}, {w}] or every second pixel of it, got {list(add.shape)}")
     if not 0 <= first <= add.shape[1] - channels:
@@ -123,7 +123,7 @@ def conv_wgrad(
     weight: Tensor,
     stride: int,
 ) -> Tensor:
-    _check_weight(x, weight, stride)
+    check_weight(x, weight, stride)
     _check_gradient(x, du, y, y_stats, y_sums, weight, stride)
     check_vectors(x, (STATS_ROWS, x.shape[1]), x_stats=x_stats)
     run = kernel("conv_wgrad", x, shape_of(x, weight, stride, pending=x_stats is not None))
@@ -133,7 +133,7 @@ def conv_wgrad(
     return dweight
 
 
-def _check(like: Tensor, shape: torch.Size, **tensors: Tensor | None) -> None:
+def check_like(like: Tensor, shape: torch.Size, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is None or (t.dtype is like.dtype and t.shape == shape and t.device == like.device):
             continue
@@ -142,7 +142,7 @@ def _check(like: Tensor, shape: torch.Size, **tensors: Tensor | None) -> None:
         raise ValueError(f"{name} must be {list(shape)} on {like.device}, got {list(t.shape)} on {t.device}")
 
 
-def _check_weight(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int]:
+def check_weight(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int]:
     """Filters and channels."""
     if x.dim() != 4:
         raise ValueError(f"x must be [N, C, H, W], got {list(x.shape)}")
@@ -150,7 +150,7 @@ def _check_weight(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int]:
         raise ValueError(
             f"weight must be [K, {x.shape[1]}, 1, 1] or [K, {x.shape[1]}, 3, 3], got {list(weight.shape)}"
         )
-    _check(x, weight.shape, weight=weight)
+    check_like(x, weight.shape, weight=weight)
     if stride not in (1, 2):
         raise ValueError(f"stride must be 1 or 2, got {stride}")
     return weight.shape[0], weight.shape[1]
@@ -168,7 +168,7 @@ def _check_gradient(
     n, _, h, w = x.shape
     filters = weight.shape[0]
     shape = torch.Size((n, filters, out_size(h, stride), out_size(w, stride)))
-    _check(x, shape, du=du, y=y)
+    check_like(x, shape, du=du, y=y)
     check_vectors(x, (STATS_ROWS, filters), y_stats=y_stats)
     check_vectors(x, (SUMS_ROWS, filters), y_sums=y_sums)
     if y_sums is not None and (y is None or y_stats is None):

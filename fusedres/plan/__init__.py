@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fusedres.plan.conv import CONV_OPS, STEM_OPS, Conv, likely, outside_contract, outside_kernels
+from fusedres.plan.conv import (
+    CONV_BIAS_OPS,
+    CONV_OPS,
+    STEM_OPS,
+    Conv,
+    likely,
+    outside_contract,
+    outside_kernels,
+)
 
 __all__ = [
     "ALL_OPS",
@@ -19,6 +27,7 @@ __all__ = [
     "BN_OPS",
     "CANDIDATES",
     "COMPOSED",
+    "CONV_BIAS_OPS",
     "CONV_OPS",
     "DEVICE",
     "IMPLEMENTATIONS",
@@ -54,9 +63,10 @@ MAXPOOL_OPS = (
     "bn_relu_maxpool",
     "bn_relu_maxpool_backward_reduce",
     "bn_relu_maxpool_backward_apply",
+    "bias_relu_maxpool",
 )
 AVGPOOL_OPS = ("global_avg_pool", "global_avg_pool_backward")
-ALL_OPS = (*BN_OPS, *MAXPOOL_OPS, *AVGPOOL_OPS, "cast_weights", *CONV_OPS, *STEM_OPS)
+ALL_OPS = (*BN_OPS, *MAXPOOL_OPS, *AVGPOOL_OPS, "cast_weights", *CONV_OPS, *CONV_BIAS_OPS, *STEM_OPS)
 # a few ops save passes over what others, and PyTorch's own, do as well: where an implementation hasn't
 # got one of these the callers take those, also if it is forced
 COMPOSED = frozenset(ALL_OPS) - frozenset(BN_OPS)
@@ -66,7 +76,7 @@ MIN_CAPABILITY = (8, 0)
 # the ops that each implementation has, and the kind of device it runs on
 OPS = {
     "cpu": frozenset(BN_OPS + MAXPOOL_OPS),
-    "triton": frozenset(BN_OPS + CONV_OPS + STEM_OPS),
+    "triton": frozenset(BN_OPS + CONV_OPS + CONV_BIAS_OPS + STEM_OPS),
     "cuda": frozenset(BN_OPS + MAXPOOL_OPS + AVGPOOL_OPS) | {"cast_weights"},
 }
 DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
@@ -212,7 +222,7 @@ def choose(problem: Problem, unavailable: Mapping[str, str], forced: str = "auto
     reasons: list[str] = []
     for name in CANDIDATES.get(problem.device, ()):
         why = refusal(name, problem, unavailable)
-        if why is None and problem.op in CONV_OPS + STEM_OPS:
+        if why is None and problem.op in CONV_OPS + CONV_BIAS_OPS + STEM_OPS:
             return _fused_or_not(name, problem)
         if why is None:
             reasons.append(f"{'next' if reasons else 'first'} choice on {problem.device}")
@@ -225,7 +235,7 @@ def choose(problem: Problem, unavailable: Mapping[str, str], forced: str = "auto
 
 
 def _fused_or_not(name: str, problem: Problem) -> Choice:
-    """Whether ``name`` or PyTorch's convolution with the batch-norm ops serves a convolution."""
+    """Whether ``name`` or PyTorch's own serves a convolution with what goes with it."""
     if problem.conv is not None and problem.device_name is not None:
         measured = MEASURED.get(Key(problem.device_name, problem.op, problem.dtype, problem.conv))
         if measured is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 CONV_OPS = ("conv_fwd", "conv_dgrad", "conv_wgrad")
+CONV_BIAS_OPS = ("conv_bias_act",)
 STEM_OPS = ("stem_conv", "stem_wgrad")
 
 # An H100's measured copy (bytes a second) and bf16 product (FLOP a second); on other chips it is their
@@ -21,6 +22,8 @@ REACHED_BANDWIDTH, REACHED_PEAK = 0.9, 0.85
 # our kernels' time over cuDNN's plain convolution: an assumption, at the upper end of what cuDNN's own
 # fused patterns cost there (1.03 to 1.44)
 FUSED_COST = 1.3
+# cuDNN's time for a 3x3 of 64 channels and filters over what it reaches elsewhere: 1.9 times its floor
+NARROW, NARROW_COST = 64, 1.6
 STEM = 7  # side of its filters
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -80,7 +83,8 @@ def outside_kernels(conv: Conv) -> str | None:
 def predicted(op: str, conv: Conv, dtype: str) -> tuple[float, float]:
     """Seconds on an H100 of the fused kernel and of PyTorch's convolution with its batch-norm passes.
 
-    A prediction: bytes and FLOP against what memory and cuDNN reach.
+    A prediction: bytes and FLOP against what memory and cuDNN reach. Of conv_bias_act without the residual,
+    which the fused kernel and cuDNN's read alike.
     """
     n, filters, height, width = conv.out_shape
     inputs = n * conv.channels * conv.height * conv.width * ITEMSIZE[dtype]
@@ -92,6 +96,9 @@ def predicted(op: str, conv: Conv, dtype: str) -> tuple[float, float]:
         return max(moved / bandwidth, flop / ((IEEE_PEAK if conv.ieee else PEAK[dtype]) * REACHED_PEAK))
 
     plain = product(inputs + outputs)
+    if op in CONV_BIAS_OPS:  # cuDNN's is one pass as well
+        narrow = conv.side == 3 and conv.channels == conv.filters == NARROW and not conv.ieee
+        return plain * FUSED_COST, plain * (NARROW_COST if narrow else 1)
     # the raw output again, beside its gradient
     fused = product(inputs + outputs * (1 if op == "conv_fwd" else 2)) * FUSED_COST
     # write the activation or the gradient (the gradient's cost is shared by its two uses); statistics

@@ -169,6 +169,8 @@ MAXPOOL = {
         "x",
         "pooled index",
     ),
+    "bias_relu_maxpool": (lambda k, t: k.bias_relu_maxpool(t.x, t.stats[0], t.pooled), "x", "pooled"),
+    "bias_relu_maxpool, no bias": (lambda k, t: k.bias_relu_maxpool(t.x, None, t.pooled), "x", "pooled"),
     "bn_relu_maxpool_backward_reduce": (
         lambda k, t: k.bn_relu_maxpool_backward_reduce(t.pooled_grad, t.index, t.x, t.stats, t.sums),
         "pooled_grad index x",

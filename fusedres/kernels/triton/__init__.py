@@ -8,6 +8,7 @@ from fusedres.kernels.triton import settings
 from fusedres.kernels.triton.bn_act import bn_act
 from fusedres.kernels.triton.bn_act_backward import bn_act_backward_apply, bn_act_backward_reduce
 from fusedres.kernels.triton.bn_stats import bn_running_stats, bn_stats, bn_update_running_
+from fusedres.kernels.triton.conv_bias_act import conv_bias_act
 from fusedres.kernels.triton.conv_dgrad import conv_dgrad
 from fusedres.kernels.triton.conv_fwd import conv_fwd
 from fusedres.kernels.triton.conv_wgrad import conv_wgrad
@@ -21,6 +22,7 @@ __all__ = [
     "bn_running_stats",
     "bn_stats",
     "bn_update_running_",
+    "conv_bias_act",
     "conv_dgrad",
     "conv_fwd",
     "conv_wgrad",
