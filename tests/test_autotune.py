@@ -93,6 +93,18 @@ def test_each_op_and_shape_by_itself(gpu):
     assert len(autotune.read(autotune.path(GPU), GPU)) == 3
 
 
+def test_a_trained_nets_convolution(gpu):
+    """cuDNN's until it is measured, but for 3x3 of 64 channels."""
+    narrow = CONV._replace(pending=False)
+    for conv, expected in ((narrow, "triton"), (narrow._replace(channels=256, side=1), "aten")):
+        choice = ops.choice("conv_bias_act", DEVICE, torch.bfloat16, "auto", conv)
+        assert choice.implementation == expected and choice.open and "not measured" in choice.reason
+        gpu.us[""] = 30.0 if expected == "triton" else 10.0
+        assert fused("conv_bias_act", conv) == (expected == "aten"), "what was measured holds"
+    assert len(gpu.measured) == 2
+    assert not plan.conv.likely("conv_bias_act", narrow._replace(ieee=True), "float32")[0]
+
+
 def test_deterministic_mode_measures_nothing(gpu):
     torch.use_deterministic_algorithms(True)
     try:

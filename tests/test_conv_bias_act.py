@@ -1,4 +1,4 @@
-"""The Triton convolution of a trained net: its numbers, and what the compiler makes of it."""
+"""The convolution of a trained net: the op, and the Triton kernel's numbers and compiled code."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from bn_case import LAYOUTS
 from tolerances import assert_close_to_reference
 from triton_code import ITEMSIZES, SHARED_KIB, compile_for, usage
+
+import fusedres
 
 triton = pytest.importorskip("triton")
 from fusedres.kernels.triton.conv_bias_act import conv_bias_act, conv_bias_act_kernel  # noqa: E402
@@ -90,6 +93,51 @@ class TestNumbers:
         z = torch.empty_like(x)
         conv_bias_act(x, torch.randn(8, 8, 1, 1), None, None, True, 1, z)
         assert torch.equal(z.isnan(), x.isnan().any(1, keepdim=True).expand_as(z))
+
+
+@pytest.fixture
+def backend():
+    """The kernel where Triton's interpreter runs it, else plain PyTorch."""
+    with fusedres.backend("triton" if INTERPRETED else "reference"):
+        yield
+
+
+@pytest.mark.usefixtures("backend", "poisoned")
+class TestOp:
+    def check(self, x, weight, bias, residual, relu, stride):
+        def run(*tensors):
+            return torch.ops.fusedres.conv_bias_act(*tensors, relu, stride)
+
+        def wide(dtype):
+            return (t if t is None else t.to(dtype) for t in (x, weight, bias, residual))
+
+        z, reference = run(x, weight, bias, residual), plain(*wide(torch.float64), relu, stride)
+        assert_close_to_reference(z, plain(*wide(torch.float32), relu, stride).to(x.dtype), reference)
+        if not INTERPRETED:
+            torch.testing.assert_close(run(*wide(torch.float64)), reference)
+        return z
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("side", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2)])
+    def test_values(self, side, stride, dtype, layout):
+        memory = LAYOUTS[layout]
+        x = torch.randn(2, 24, 7, 6).to(dtype).to(memory_format=memory)
+        # the weight in the other layout: an op takes both
+        weight = (torch.randn(16, 24, side, side) / (24 * side**2) ** 0.5).to(dtype)
+        if memory == torch.contiguous_format:
+            weight = weight.to(memory_format=torch.channels_last)
+        out = (2, 16, 7, 6) if stride == 1 else (2, 16, 4, 3)
+        bias, residual = torch.randn(16), torch.randn(out).to(dtype).to(memory_format=memory)
+        for b, r, relu in ((bias, residual, True), (None, residual, False), (bias, None, True)):
+            self.check(x, weight, b, r, relu, stride)
+        assert self.check(x, weight, None, None, False, stride).min() < 0
+
+    def test_an_empty_batch(self):
+        z = torch.ops.fusedres.conv_bias_act(
+            torch.randn(0, 8, 5, 5), torch.randn(16, 8, 3, 3), None, None, True, 2
+        )
+        assert z.shape == (0, 16, 3, 3)
 
 
 def compile_kernel(config, dtype, arch, variant):

@@ -236,6 +236,28 @@ def test_refusals_of_the_convolutions():
         OPS.conv_dgrad(du, None, None, None, weight, 1, 4, 3, None, 0, x, None, True, False)
 
 
+def test_refusals_of_a_trained_nets_ops():
+    x, weight, bias = activation(), torch.randn(4, 5, 3, 3), torch.randn(4)
+    with pytest.raises(ValueError, match=r"x must be \[N, C, H, W\], got \[5, 4, 3\]"):
+        OPS.conv_bias_act(x[0], weight, bias, None, True, 1)
+    with pytest.raises(ValueError, match=r"weight must be \[K, 5, 1, 1\] or \[K, 5, 3, 3\]"):
+        OPS.conv_bias_act(x, torch.randn(4, 5, 7, 7), bias, None, True, 1)
+    with pytest.raises(TypeError, match=r"weight must be torch.float32, got torch.bfloat16"):
+        OPS.conv_bias_act(x, weight.bfloat16(), bias, None, True, 1)
+    with pytest.raises(ValueError, match="stride must be 1 or 2, got 3"):
+        OPS.conv_bias_act(x, weight, bias, None, True, 3)
+    with pytest.raises(ValueError, match=r"bias must be contiguous, \[4\] on cpu, got \[5\]"):
+        OPS.conv_bias_act(x, weight, torch.randn(5), None, True, 1)
+    with pytest.raises(TypeError, match="bias must be torch.float32, got torch.bfloat16"):
+        OPS.conv_bias_act(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), None, True, 1)
+    with pytest.raises(TypeError, match="bias must be torch.float64, got torch.float32"):
+        OPS.conv_bias_act(x.double(), weight.double(), bias, None, True, 1)
+    with pytest.raises(ValueError, match=r"residual must be \[2, 4, 4, 3\] on cpu, got \[2, 5, 4, 3\]"):
+        OPS.conv_bias_act(x, weight, bias, x, True, 1)
+    with pytest.raises(TypeError, match="residual must be torch.float32, got torch.float16"):
+        OPS.conv_bias_act(x, weight, bias, activation((2, 4, 4, 3), torch.float16), True, 1)
+
+
 def test_backend_forces_and_refuses():
     x = activation()
     with fusedres.backend("reference"):
