@@ -39,10 +39,18 @@ def device() -> torch.device:
 
 @pytest.fixture
 def measure(benchmark: BenchmarkFixture, request: pytest.FixtureRequest, device: torch.device) -> Measure:
-    """Time a function of no arguments, and record what was timed beside the figures."""
+    """Time a function of no arguments, and record what was timed beside the figures.
+
+    What serves ``op`` is what "fused" stands for.
+    """
 
     def run(
-        step: Callable[[], object], group: str, implementation: str, dtype: torch.dtype, **facts: object
+        step: Callable[[], object],
+        group: str,
+        implementation: str,
+        dtype: torch.dtype,
+        op: str = "bn_act",
+        **facts: object,
     ) -> None:
         def timed() -> None:
             step()
@@ -50,7 +58,7 @@ def measure(benchmark: BenchmarkFixture, request: pytest.FixtureRequest, device:
                 torch.cuda.synchronize()
 
         benchmark.group = group
-        served = ops.choice("bn_act", device, dtype, ops.forced_backend()).implementation
+        served = ops.choice(op, device, dtype, ops.forced_backend()).implementation
         benchmark.extra_info.update(
             implementation=f"fused ({served})" if implementation == "fused" else implementation,
             dtype=str(dtype).removeprefix("torch."),

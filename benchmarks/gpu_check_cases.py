@@ -34,8 +34,9 @@ TENSORS = {
     "bn_act_backward_reduce": {"none": 2, "plain": 4, "normalised": 5},  # grad, z, x, residual -> du
     "bn_act_backward_apply": {"none": 3, "plain": 3, "normalised": 5},  # du, x, residual -> dx, dresidual
 }
-# the stem's pool: tensors of the image's size, and of the pooled size beside the index of one byte
+# the stem's pool: tensors of the image's size; of the pooled size there is one, and the index of one byte
 POOL_TENSORS = {
+    "bias_relu_maxpool": 1,  # x -> z
     "bn_relu_maxpool": 1,  # x -> z, index
     "bn_relu_maxpool_backward_reduce": 1,  # grad, index, x
     "bn_relu_maxpool_backward_apply": 2,  # grad, index, x -> dx
@@ -71,7 +72,8 @@ def bytes_moved(op: str, shape: Sequence[int], dtype: torch.dtype, variant: str 
     if op in ("global_avg_pool", "global_avg_pool_backward"):
         return (values + n * c) * size
     pooled = n * c * ((h + 1) // 2) * ((w + 1) // 2)
-    return POOL_TENSORS[op] * values * size + pooled * (size + torch.uint8.itemsize)
+    index = 0 if op == "bias_relu_maxpool" else torch.uint8.itemsize
+    return POOL_TENSORS[op] * values * size + pooled * (size + index)
 
 
 def _own_variant(op: str, variant: str) -> str:
@@ -308,6 +310,11 @@ def _stem_cases(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> Iter
     def case(op: str, call: Callable[[Inputs], Outputs], counterpart: object = None) -> Case:
         return _case(op, "none", shape, dtype, t, call, counterpart)
 
+    yield case(
+        "bias_relu_maxpool",
+        lambda t: (_OPS.bias_relu_maxpool(t.x, None),),
+        lambda t: lambda: (F.max_pool2d(F.relu(t.x), *_POOL),),
+    )
     yield case("bn_relu_maxpool", lambda t: _OPS.bn_relu_maxpool(t.x, t.stats))
     yield case("bn_relu_maxpool_backward_reduce", lambda t: (_pool_reduce(t),))
     yield case("bn_relu_maxpool_backward_apply", lambda t: (_pool_apply(t, t.sums),))

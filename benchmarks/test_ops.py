@@ -1,4 +1,4 @@
-"""Batch norm with what follows it, one layer at a time: ``functional.bn_act`` against eager PyTorch."""
+"""Ops one layer at a time against eager PyTorch: ``functional.bn_act``, and a trained net's stem pool."""
 
 from __future__ import annotations
 
@@ -103,4 +103,37 @@ def test_bn_act(norm: Norm, dtype: torch.dtype, backward: bool, implementation: 
         dtype,
         shape=[BATCH, norm.channels, norm.height, norm.width],
         bytes=passes(norm, backward) * norm.values(BATCH) * inputs["x"].element_size(),
+    )
+
+
+STEM = (16, 64, 112, 112)
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "fused": lambda x: torch.ops.fusedres.bias_relu_maxpool(x, None),
+    "eager": lambda x: F.max_pool2d(F.relu(x), 3, 2, 1),
+}
+
+
+@pytest.mark.parametrize("implementation", POOLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_bias_relu_maxpool(dtype: torch.dtype, implementation: str, measure, device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(STEM, generator=generator).to(device, dtype, memory_format=torch.channels_last)
+    pool = POOLS[implementation]
+    # without a bias nothing is rounded
+    assert torch.equal(pool(x), POOLS["eager"](x))
+
+    def step() -> None:
+        with torch.inference_mode():
+            pool(x)
+
+    image = "x".join(map(str, STEM[1:]))
+    bits = "bf16" if dtype == torch.bfloat16 else "fp32"
+    measure(
+        step,
+        f"bias_relu_maxpool, {image}, batch {STEM[0]}, {bits}",
+        implementation,
+        dtype,
+        op="bias_relu_maxpool",
+        shape=list(STEM),
+        bytes=x.numel() * x.element_size() * 5 // 4,  # x -> z
     )

@@ -91,6 +91,7 @@ def test_what_is_measured(tiny):
         (("bn_act_backward_reduce", (2, 64, 8, 8), torch.float32, "plain"), 4 * 2 * 64 * 64 * 4),
         # x read; a quarter as many outputs and their bytes of the index written
         (("bn_relu_maxpool", (256, 64, 112, 112), torch.bfloat16), 411_041_792 + 51_380_224 * 3),
+        (("bias_relu_maxpool", (256, 64, 112, 112), torch.bfloat16), 411_041_792 + 51_380_224 * 2),
         (("global_avg_pool", (2, 16, 7, 7), torch.float16), (2 * 16 * 49 + 2 * 16) * 2),
         (("cast_weights", (1000,), torch.bfloat16), 6000),
     ],
