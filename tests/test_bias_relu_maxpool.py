@@ -9,7 +9,7 @@ from bn_case import DTYPES, LAYOUTS
 from tolerances import assert_close_to_reference
 
 import fusedres
-from fusedres import plan
+from fusedres import kernels, ops, plan
 
 SHAPES = [
     *[(2, 16, 9, 8), (1, 3, 7, 7), (2, 5, 1, 6), (3, 8, 2, 2), (1, 40, 1, 1), (2, 64, 19, 33)],
@@ -97,6 +97,12 @@ def test_float64_and_where_no_kernel_serves():
     assert torch.equal(OPS.bias_relu_maxpool(x, bias), eager(x, bias))
     choice = plan.choose(plan.Problem("bias_relu_maxpool", "cpu", "float32", interpreted=True), {}, "triton")
     assert choice[:2] == ("aten", "triton has no kernel for bias_relu_maxpool")
+    cpu = plan.choose(plan.Problem("bias_relu_maxpool", "cpu", "float32"), {})
+    assert cpu.implementation == "cpu" and "from 32,768 values" in cpu.reason
+    device = torch.device("cpu")
+    for forced, least in (("auto", 1 << 15), ("cpu", 0)):
+        if "cpu" not in kernels.unavailable():
+            assert ops.served_from("bias_relu_maxpool", device, torch.bfloat16, forced) == least
     cuda = plan.Problem("bias_relu_maxpool", "cuda", "bfloat16", (9, 0))
     assert plan.choose(cuda, {}).implementation == "cuda"
 

@@ -69,7 +69,9 @@ def served_from(op: str, device: torch.device, dtype: torch.dtype, forced: str) 
     implementation = choice(op, device, dtype, forced).implementation
     if implementation == "aten":
         return None
-    return plan.least_values(implementation, str(dtype).removeprefix("torch.")) if forced == "auto" else 0
+    if forced != "auto":
+        return 0
+    return plan.least_values(implementation, str(dtype).removeprefix("torch."), op)
 
 
 # torch.compiler.assume_constant_result without its import of dynamo, which takes a second

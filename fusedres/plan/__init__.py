@@ -32,6 +32,7 @@ __all__ = [
     "DEVICE",
     "IMPLEMENTATIONS",
     "LEAST_VALUES",
+    "LEAST_VALUES_OF",
     "MAXPOOL_OPS",
     "MEASURED",
     "OPS",
@@ -87,6 +88,9 @@ CANDIDATES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 # PyTorch's second pass finds a small tensor in the cache. From whole steps of ResNet-18 and 50 at batch
 # 1 to 16 on two cores, by dtype.
 LEAST_VALUES = {"cpu": {"float32": 1 << 20, "bfloat16": 1 << 19, "float16": 1 << 19}}
+# by op where it is another, whatever the dtype: PyTorch's pool is the slower one in the cache, too. From
+# single calls on one core.
+LEAST_VALUES_OF = {("cpu", "bias_relu_maxpool"): 1 << 15}
 
 
 class Problem(NamedTuple):
@@ -192,8 +196,10 @@ def covers(architecture: str, capability: tuple[int, int]) -> bool:
     return capability >= (major, minor)
 
 
-def least_values(implementation: str, dtype: str) -> int:
+def least_values(implementation: str, dtype: str, op: str = "bn_act") -> int:
     """The smallest activation that ``implementation`` is better at than PyTorch's own operators."""
+    if (implementation, op) in LEAST_VALUES_OF:
+        return LEAST_VALUES_OF[implementation, op]
     return LEAST_VALUES.get(implementation, {}).get(dtype, 0)
 
 
@@ -226,7 +232,7 @@ def choose(problem: Problem, unavailable: Mapping[str, str], forced: str = "auto
             return _fused_or_not(name, problem)
         if why is None:
             reasons.append(f"{'next' if reasons else 'first'} choice on {problem.device}")
-            least = least_values(name, problem.dtype)
+            least = least_values(name, problem.dtype, problem.op)
             if least:
                 reasons.append(f"from {least:,} values of an activation, below them aten")
             return Choice(name, "; ".join(reasons))
