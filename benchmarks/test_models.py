@@ -7,6 +7,7 @@ import torch
 
 import fusedres
 from fusedres.cli.bench import check, eager, workload
+from fusedres.cli.bench.sides import Converted
 
 BATCH = 4
 IMAGE_SIZE = 224
@@ -27,6 +28,11 @@ def test_model(model: str, dtype: torch.dtype, mode: str, implementation: str, m
     for net in nets.values():
         net.train(mode == "train")
     expected = check.reference(nets["eager"], batch, mode)
+    if mode == "inference":
+        nets = {
+            "fused": fusedres.optimize_for_inference(nets["fused"], dtype),
+            "eager": Converted(nets["eager"], dtype),
+        }
     errors = {name: check.errors(check.observe(net, batch, mode), expected) for name, net in nets.items()}
     failure = check.failure(errors["fused"], errors["eager"], dtype)
     assert failure is None, str(failure)

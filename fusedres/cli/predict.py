@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     device = options.device(args.device)
     require("PIL.Image", "predict", "pillow")
     model = _pretrained(args) if args.checkpoint is None else _from_checkpoint(args.model, args.checkpoint)
-    model.to(device).eval()
     names = _labels(args.labels, model.fc.out_features)
+    model = fusedres.optimize_for_inference(model.to(device).eval())
     results: list[dict[str, Any]] = []
     for path in args.images:
         try:
@@ -168,7 +168,7 @@ def preprocess(path: Path) -> Tensor:
 @torch.inference_mode()
 def predict(model: nn.Module, image: Tensor, top: int, names: list[str] | None) -> list[dict[str, Any]]:
     """The ``top`` most likely classes, best first."""
-    probabilities = model(image.contiguous(memory_format=torch.channels_last))[0].float().softmax(0)
+    probabilities = model(image)[0].softmax(0)
     best = probabilities.topk(min(top, len(probabilities)))
     return [
         {"class": index, "label": names[index] if names else None, "probability": probability}

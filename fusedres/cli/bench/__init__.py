@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import datetime
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import fusedres
 from fusedres import ops, plan
 from fusedres.cli import machine, options
-from fusedres.cli.bench import breakdown, check, eager, measure, plot, report, workload
+from fusedres.cli.bench import breakdown, check, eager, measure, plot, report, sides, workload
+from fusedres.cli.bench.check import Observed
 from fusedres.cli.bench.report import Report
+from fusedres.cli.bench.sides import COMPILE, Side
 from fusedres.cli.bench.workload import Workload
 from fusedres.cli.errors import USAGE, CommandError, first_line, require
 from fusedres.cli.options import DTYPES, LAYOUTS, MODELS, Commands, add_command, at_least
 
 BATCH = {"cpu": 16, "cuda": 128}
 ROUNDS = {"cpu": 10, "cuda": 50}
+# steps of inference are short: enough of them for a 99th percentile at batch 1, in the time of a minute
+INFERENCE_ROUNDS = {"cpu": 20, "cuda": 100}
+INFERENCE_IMAGES = 120
 WARMUP = {"cpu": 2, "cuda": 10}
 _STRIDE = 32  # of the whole net
 _NO_MEMORY = ("allocate memory", "out of memory", "overflow")
@@ -37,8 +40,20 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         "First both must give the same outputs and gradients; if not, nothing is timed and the\n"
         "status is 1. Then steps alternate, all in this process. Peak memory is that of the tensors\n"
         "which one step makes, page faults are minor ones per step (median), errors are relative to\n"
-        "eager PyTorch in a wider type.",
-        example="fusedres bench --model resnet50 --batch 16 --train --json bench.json --plot bench.png",
+        "eager PyTorch in a wider type.\n\n"
+        "Training is under autocast. In inference every side gets fp32 images, and its weights were\n"
+        "converted to --dtype beforehand (autocast would cast them again in every call):\n"
+        "  fused        fusedres.optimize_for_inference\n"
+        "  eager        the model converted with model.to(dtype)\n"
+        "  folded       eager with batch norms folded into the convolutions\n"
+        "  compile      with --compile: torch.compile of eager with freezing\n"
+        "  onnxruntime  with --peers: ONNX Runtime on a CPU, fp32 only\n"
+        "  openvino     with --peers: OpenVINO on a CPU, bf16 or fp32\n"
+        "Start-up is the time to the first answer; torch.compile's is shorter if its cache on disk\n"
+        "knows the model. Latencies are percentiles of the steps: with fewer than 100, p99 is the\n"
+        "longest.",
+        example="fusedres bench --model resnet50 --batch 16 --train --json bench.json --plot bench.png\n"
+        "  fusedres bench --model resnet50 --batch 1 --inference --compile --peers",
     )
     parser.add_argument("--model", choices=MODELS, default="resnet50", help="default: resnet50")
     parser.add_argument(
@@ -55,7 +70,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         "--dtype",
         choices=tuple(DTYPES),
         default="bf16",
-        help="bf16 and fp16 run under autocast with fp32 weights (default: bf16)",
+        help="training in bf16 and fp16 is under autocast with fp32 weights (default: bf16)",
     )
     parser.add_argument(
         "--layout", choices=tuple(LAYOUTS), default="channels_last", help="default: channels_last"
@@ -68,7 +83,11 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         "--inference", dest="mode", action="store_const", const="inference", help="--mode inference"
     )
     parser.add_argument(
-        "--rounds", type=at_least(1), metavar="N", help="timed steps of each side (default: 10, on a GPU 50)"
+        "--rounds",
+        type=at_least(1),
+        metavar="N",
+        help="timed steps of each side (default: 10, on a GPU 50; in inference 20, on a GPU 100, and more "
+        f"where those are fewer than {INFERENCE_IMAGES} images)",
     )
     parser.add_argument(
         "--warmup", type=at_least(1), metavar="N", help="untimed steps before (default: 2, on a GPU 10)"
@@ -76,6 +95,11 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
     options.add_threads(parser)
     parser.add_argument(
         "--compile", action="store_true", help="measure torch.compile of the eager model, too"
+    )
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="measure inference by ONNX Runtime and OpenVINO, too, where they are installed",
     )
     parser.add_argument(
         "--seed", type=at_least(0), default=0, metavar="N", help="of weights and input (default: 0)"
@@ -90,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         require("matplotlib", "--plot")
     device = options.device(args.device)
-    for name, defaults in (("batch", BATCH), ("rounds", ROUNDS), ("warmup", WARMUP)):
+    for name, defaults in (("batch", BATCH), ("warmup", WARMUP)):
         setattr(args, name, getattr(args, name) or defaults[device.type])
     _check_settings(args, device)
     with options.threads(args.threads):
@@ -109,6 +133,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_settings(args: argparse.Namespace, device: torch.device) -> None:
+    if args.peers and args.mode == "train":
+        raise CommandError("--peers measures inference: without --train", USAGE)
+    if args.peers and device.type != "cpu":
+        raise CommandError("--peers measures on the CPU only: add --device cpu", USAGE)
     values = args.batch * (-(-args.image_size // _STRIDE)) ** 2
     if args.mode != "inference" and values < 2:
         raise CommandError(
@@ -128,14 +156,27 @@ def _bench(args: argparse.Namespace, device: torch.device) -> Report:
     batch = workload.make(
         args.batch, args.image_size, DTYPES[args.dtype], LAYOUTS[args.layout], device, args.seed
     )
-    eager_model, origin = eager.build(args.model)
-    models: dict[str, nn.Module] = {"fused": getattr(fusedres, args.model)(), "eager": eager_model}
-    for model in models.values():
+    fused = getattr(fusedres, args.model)()
+    plain, origin = eager.build(args.model)
+    for model in (fused, plain):
         model.to(device).to(memory_format=LAYOUTS[args.layout])
-    workload.prepare(eager_model, batch.images)
-    if args.compile:
-        models["compile"] = torch.compile(copy.deepcopy(eager_model))  # type: ignore[assignment]
-    weights = {name: value.clone() for name, value in eager_model.state_dict().items()}
+    workload.prepare(plain, batch.images)
+    weights = {name: value.clone() for name, value in plain.state_dict().items()}
+
+    def measured(mode: str) -> Report:
+        for model in (fused, plain):
+            model.load_state_dict(weights)
+            model.train(mode == "train")
+        expected = check.reference(plain, batch, mode)
+        if mode == "inference":
+            found, notes = sides.inference(
+                fused, plain, batch, origin=origin, compiled=args.compile, with_peers=args.peers
+            )
+        else:
+            kernels, notes = _choice(batch).implementation, []
+            found = sides.training(fused, plain, batch, kernels=kernels, origin=origin, compiled=args.compile)
+        return _measure(mode, found, expected, batch, notes, args)
+
     modes = ("train", "inference") if args.mode == "both" else (args.mode,)
     return {
         "command": args.command_line,
@@ -154,63 +195,73 @@ def _bench(args: argparse.Namespace, device: torch.device) -> Report:
             "dtype": args.dtype,
             "layout": args.layout,
             "device": device.type,
-            "rounds": args.rounds,
             "warmup": args.warmup,
             "seed": args.seed,
             "backend": ops.forced_backend(),
         },
-        "fused": f"fusedres {fusedres.__version__}, {_choice(batch).implementation} kernels",
-        "eager": origin,
-        "results": [_measure(mode, models, weights, batch, args) for mode in modes],
+        "results": [measured(mode) for mode in modes],
     }
 
 
 def _measure(
     mode: str,
-    models: dict[str, nn.Module],
-    weights: dict[str, torch.Tensor],
+    found: dict[str, Side],
+    expected: tuple[Observed, Observed],
     batch: Workload,
+    notes: list[str],
     args: argparse.Namespace,
 ) -> Report:
-    for model in models.values():
-        getattr(model, "_orig_mod", model).load_state_dict(weights)
-        model.train(mode == "train")
-    errors = _checked(mode, models, batch)
-    make = workload.training_step if mode == "train" else workload.inference_step
-    steps = {name: make(model, batch) for name, model in models.items()}
+    errors, doubts = _checked(mode, found, expected, batch.dtype)
+    steps = {name: side.step for name, side in found.items()}
+    rounds = args.rounds or _rounds(mode, batch)
     measure.release_free_memory(batch.device)
-    samples = measure.interleave(steps, args.rounds, args.warmup, batch.device, mode)
-    parts = {name: breakdown.of(step, batch.device) for name, step in steps.items()}
-    sides = {
-        name: report.side(
-            samples[name], args.batch, measure.peak_bytes(step, batch.device), errors[name], parts[name]
-        )
-        for name, step in steps.items()
+    if mode == "inference" and batch.device.type == "cpu":
+        samples = measure.take_turns(steps, rounds, args.warmup, mode)
+    else:
+        samples = measure.interleave(steps, rounds, args.warmup, batch.device, mode)
+    seen = {name: side.step for name, side in found.items() if side.profiled}
+    parts = {name: breakdown.of(step, batch.device) for name, step in seen.items()}
+    peaks = {name: measure.peak_bytes(step, batch.device) for name, step in seen.items()}
+    figures = {
+        name: report.side(side, samples[name], args.batch, peaks.get(name), errors[name], parts.get(name))
+        for name, side in found.items()
     }
-    return report.result(mode, sides, parts, _note(parts["fused"], batch))
+    notes = [*notes, *doubts, *_unfused(mode, parts["fused"], batch)]
+    return report.result(mode, rounds, figures, parts, notes)
 
 
-def _checked(mode: str, models: dict[str, nn.Module], batch: Workload) -> dict[str, check.Errors]:
-    """Errors of every side; raises if the fused one is wrong."""
-    expected = check.reference(models["eager"], batch, mode)
+def _rounds(mode: str, batch: Workload) -> int:
+    device = batch.device.type
+    if mode == "train":
+        return ROUNDS[device]
+    return max(INFERENCE_ROUNDS[device], -(-INFERENCE_IMAGES // len(batch.images)))
+
+
+def _checked(
+    mode: str, found: dict[str, Side], expected: tuple[Observed, Observed], dtype: torch.dtype
+) -> tuple[dict[str, check.Errors], list[str]]:
+    """Errors of every side, and notes on those of others than ours; raises if the fused one is wrong."""
     errors = {}
-    for name, model in tqdm(models.items(), desc=f"{mode}: check", disable=None, leave=False):
+    for name, side in tqdm(found.items(), desc=f"{mode}: check", disable=None, leave=False):
         try:
-            errors[name] = check.errors(check.observe(model, batch, mode), expected)
+            errors[name] = check.errors(side.observe(), expected)
         except Exception as error:
-            if name == "compile":  # anything can go wrong in there, a missing compiler to begin with
+            if name == COMPILE:  # anything can go wrong in there, a missing compiler to begin with
                 raise CommandError(f"torch.compile failed: {first_line(error)}") from error
             raise
-    failure = check.failure(errors["fused"], errors["eager"], batch.dtype)
-    if failure is not None:
-        raise CommandError(f"the check failed, nothing was timed: {report.TITLES[mode]}, {failure}")
-    return errors
+    failures = {name: check.failure(errors[name], errors["eager"], dtype) for name in found}
+    wrong = failures.pop("fused")
+    if wrong is not None:
+        raise CommandError(f"the check failed, nothing was timed: {report.TITLES[mode]}, {wrong}")
+    return errors, [
+        f"{name} would not pass the check: {failure}" for name, failure in failures.items() if failure
+    ]
 
 
-def _note(fused: breakdown.Breakdown, batch: Workload) -> str | None:
-    if fused.fused_norm_share > 0:
-        return None
-    return f"nothing was fused because: {_choice(batch).reason}"
+def _unfused(mode: str, fused: breakdown.Breakdown, batch: Workload) -> list[str]:
+    if mode == "train":
+        return [] if fused.fused_norm_share > 0 else [f"nothing was fused because: {_choice(batch).reason}"]
+    return [] if fused.one_pass_share > 0 else ["no convolution of the fused side took its ReLU in"]
 
 
 def _choice(batch: Workload) -> plan.Choice:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.cli.bench import workload as work
-from fusedres.cli.bench.workload import Workload
+from fusedres.cli.bench.workload import Forward, Workload
 
 FACTOR = 2.0
 OUTPUT_FLOOR = {torch.float32: 1e-5, torch.bfloat16: 0.01, torch.float16: 0.002}
@@ -66,8 +66,7 @@ def reference(eager: nn.Module, workload: Workload, mode: str) -> tuple[Observed
 def observe(model: nn.Module, workload: Workload, mode: str) -> tuple[Observed, Observed]:
     """Outputs and gradients of one step; the weights stay, running statistics move in training."""
     if mode == "inference":
-        with torch.inference_mode(), workload.autocast():
-            return {"logits": model(workload.images)}, {}
+        return infer(model, workload)
     logits, loss = work.loss(model, workload)
     loss.backward()  # type: ignore[no-untyped-call]
     outputs = {"logits": logits.detach(), "loss": loss.detach() / workload.loss_scale}
@@ -79,6 +78,12 @@ def observe(model: nn.Module, workload: Workload, mode: str) -> tuple[Observed, 
             gradients[name] = parameter.grad / workload.loss_scale
             parameter.grad = None
     return outputs, gradients
+
+
+def infer(forward: Forward, workload: Workload) -> tuple[Observed, Observed]:
+    """The logits of one forward; there are no gradients."""
+    with torch.inference_mode():
+        return {"logits": forward(workload.images)}, {}
 
 
 def errors(observed: tuple[Observed, Observed], expected: tuple[Observed, Observed]) -> Errors:

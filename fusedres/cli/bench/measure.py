@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import resource
 import statistics
 import time
@@ -16,6 +17,9 @@ from tqdm import tqdm
 from fusedres.cli.bench import breakdown
 from fusedres.cli.bench.workload import Step
 
+IN_A_ROW = 4  # steps of a turn
+PAUSE_S = 0.02  # before a turn; idle threads have gone to sleep by then
+
 
 @dataclass
 class Samples:
@@ -27,6 +31,10 @@ class Samples:
     @property
     def median_ms(self) -> float:
         return statistics.median(self.ms)
+
+    def percentile_ms(self, percent: int) -> float:
+        """The time that so many percent of the steps took at most: one that was measured."""
+        return sorted(self.ms)[math.ceil(percent / 100 * len(self.ms)) - 1]
 
     @property
     def median_faults(self) -> float | None:
@@ -79,15 +87,42 @@ def interleave(
     """Time every step once a round; the order turns round from one round to the next (ABBA)."""
     timer = _CudaTimer(device) if device.type == "cuda" else _CpuTimer()
     samples = {name: Samples() for name in steps}
-    with tqdm(
-        total=(warmup + rounds) * len(steps), desc=label, unit="step", disable=None, leave=False
-    ) as bar:
+    with _progress((warmup + rounds) * len(steps), label) as bar:
         for index in range(warmup + rounds):
             order = list(steps) if index % 2 == 0 else list(steps)[::-1]
             for name in order:
                 timer.run(steps[name], samples[name] if index >= warmup else Samples())
                 bar.update()
     return samples
+
+
+def take_turns(steps: Mapping[str, Step], rounds: int, warmup: int, label: str) -> dict[str, Samples]:
+    """Time every step ``rounds`` times on a CPU, a few in a row and then the next one's, ABBA as well.
+
+    For inference, whose steps are short: right after another side a step finds the other's weights in the
+    caches, and the other's threads still spinning in wait of work, which doubled times at batch 1. So a
+    turn begins with a pause and an untimed step.
+    """
+    timer = _CpuTimer()
+    samples = {name: Samples() for name in steps}
+    with _progress((warmup + rounds) * len(steps), label) as bar:
+        for step in steps.values():
+            for _ in range(warmup):
+                step()
+                bar.update()
+        for turn, done in enumerate(range(0, rounds, IN_A_ROW)):
+            order = list(steps) if turn % 2 == 0 else list(steps)[::-1]
+            for name in order:
+                time.sleep(PAUSE_S)
+                steps[name]()
+                for _ in range(min(IN_A_ROW, rounds - done)):
+                    timer.run(steps[name], samples[name])
+                    bar.update()
+    return samples
+
+
+def _progress(steps: int, label: str) -> Any:
+    return tqdm(total=steps, desc=label, unit="step", disable=None, leave=False)
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:

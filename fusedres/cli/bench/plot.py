@@ -5,12 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fusedres.cli.bench import breakdown
 from fusedres.cli.bench.report import TITLES, Report
 from fusedres.training import files
 
-SIDES = {"fused": "#1b7f5c", "eager": "#8a94a6", "compile": "#c98a2b"}
+SIDES = {
+    "fused": "#1b7f5c",
+    "eager": "#8a94a6",
+    "folded": "#5b6b86",
+    "compile": "#c98a2b",
+    "onnxruntime": "#9a5b8f",
+    "openvino": "#4a7fa5",
+}
 PARTS = {
     "convolution": "#4c78a8",
+    breakdown.ONE_PASS: "#6fa8c9",
     "fusedres convolution": "#2f4b7c",
     "fusedres batch norm": "#1b7f5c",
     "batch norm, ReLU": "#e45756",
@@ -27,9 +36,10 @@ def write(report: Report, path: Path) -> None:
     from matplotlib.figure import Figure
 
     results, settings = report["results"], report["settings"]
-    figure = Figure(figsize=(11, 1.1 + 3.1 * len(results)), dpi=150, facecolor="white", layout="constrained")
+    heights = [1.6 + 0.5 * len(entry["implementations"]) for entry in results]
+    figure = Figure(figsize=(11, 1.1 + sum(heights)), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(results), 2, squeeze=False)
+    axes = figure.subplots(len(results), 2, squeeze=False, height_ratios=heights)
     for entry, (speed, parts) in zip(results, axes, strict=True):
         _speed(speed, entry)
         _parts(parts, entry)
@@ -56,7 +66,7 @@ def _speed(axes: Any, entry: Report) -> None:
 
 
 def _parts(axes: Any, entry: Report) -> None:
-    sides = entry["implementations"]
+    sides = {name: side for name, side in entry["implementations"].items() if side["breakdown_ms"]}
     left = [0.0] * len(sides)
     for part, colour in PARTS.items():
         widths = [figures["breakdown_ms"][part] for figures in sides.values()]
@@ -64,7 +74,7 @@ def _parts(axes: Any, entry: Report) -> None:
             axes.barh(list(sides), widths, left=left, color=colour, label=part, height=0.6)
             left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.set_xlabel("ms of one profiled step (less is better)")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=4, fontsize=7.5, frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=7.5, frameon=False)
     _tidy(axes)
 
 

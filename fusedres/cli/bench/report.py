@@ -4,49 +4,70 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fusedres.cli.bench.breakdown import Breakdown
 from fusedres.cli.bench.check import Errors
 from fusedres.cli.bench.measure import Samples
+from fusedres.cli.bench.sides import Side
 from fusedres.training import files
 
 Report = dict[str, Any]
+Column = Callable[[Report], str]
 TITLES = {"train": "training step", "inference": "inference"}
 
 
-def side(samples: Samples, batch: int, peak_bytes: int, errors: Errors, parts: Breakdown) -> Report:
+_ABSENT = "-"
+
+
+def side(
+    side: Side, samples: Samples, batch: int, peak_bytes: int | None, errors: Errors, parts: Breakdown | None
+) -> Report:
     """The figures of one implementation in one mode."""
     return {
+        "description": side.description,
+        "startup_s": side.startup_s,
         "images_per_second": 1e3 * batch / samples.median_ms,
         "ms": {
             "median": samples.median_ms,
             "min": min(samples.ms),
             "max": max(samples.ms),
+            "p50": samples.median_ms,
+            "p90": samples.percentile_ms(90),
+            "p99": samples.percentile_ms(99),
             "all": samples.ms,
         },
         "peak_bytes": peak_bytes,
         "minor_faults": samples.median_faults,
         "output_error": errors.worst_output,
         "gradient_error": errors.worst_gradient,
-        "breakdown_ms": parts.ms,
+        "breakdown_ms": parts and parts.ms,
     }
 
 
-def result(mode: str, sides: dict[str, Report], parts: dict[str, Breakdown], note: str | None) -> Report:
+def result(
+    mode: str, rounds: int, sides: dict[str, Report], parts: dict[str, Breakdown], notes: list[str]
+) -> Report:
     """One mode: every implementation, and what follows from comparing them."""
     eager = sides["eager"]["ms"]["median"]
     for figures in sides.values():
         figures["ratio_to_eager"] = eager / figures["ms"]["median"]
+    if mode == "train":
+        shares: Report = {
+            "fused_norm_share": parts["fused"].fused_norm_share,
+            "fused_convolution_share": parts["fused"].fused_convolution_share,
+        }
+    else:
+        shares = {"one_pass_share": {name: part.one_pass_share for name, part in parts.items()}}
     return {
         "mode": mode,
+        "rounds": rounds,
         "implementations": sides,
-        "fused_norm_share": parts["fused"].fused_norm_share,
-        "fused_convolution_share": parts["fused"].fused_convolution_share,
+        **shares,
         "ceiling": parts["eager"].ceiling,
-        "note": note,
+        "notes": notes,
     }
 
 
@@ -55,59 +76,79 @@ def table(report: Report) -> str:
     settings, machine = report["settings"], report["machine"]
     lines = [
         f"{settings['model']}, batch {settings['batch']}, {settings['image_size']} px, {settings['dtype']}, "
-        f"{settings['layout']}, {settings['device']}: {machine['device_name']}, {machine['threads']} threads",
-        f"fused: {report['fused']}; eager: {report['eager']}; "
-        f"torch {report['versions']['torch']}; median of {settings['rounds']} interleaved rounds",
+        f"{settings['layout']}, {settings['device']}: {machine['device_name']}, "
+        f"{machine['threads']} threads, torch {report['versions']['torch']}",
     ]
     for entry in report["results"]:
-        lines += ["", *_figures(entry), "", *_breakdown(entry)]
+        lines += ["", *_sides(entry), "", *_figures(entry), "", *_breakdown(entry)]
     return "\n".join(lines)
 
 
+def _sides(entry: Report) -> list[str]:
+    title = f"{TITLES[entry['mode']]}, median of {entry['rounds']} interleaved steps"
+    return [title, *(f"  {name}: {side['description']}" for name, side in entry["implementations"].items())]
+
+
 def _figures(entry: Report) -> list[str]:
-    rows = [
-        (
-            TITLES[entry["mode"]],
-            "img/s",
-            "ms (min to max)",
-            "ratio",
-            "peak memory",
-            "page faults",
-            "output error",
-            "gradient error",
-        )
-    ]
+    columns = _TRAINING if entry["mode"] == "train" else _INFERENCE
+    rows = [(TITLES[entry["mode"]], *columns)]
     for name, figures in entry["implementations"].items():
-        ms, faults, gradient = figures["ms"], figures["minor_faults"], figures["gradient_error"]
-        rows.append(
-            (
-                name,
-                f"{figures['images_per_second']:.1f}",
-                f"{ms['median']:.1f} ({ms['min']:.1f} to {ms['max']:.1f})",
-                f"{figures['ratio_to_eager']:.2f}x",
-                f"{figures['peak_bytes'] / 2**20:,.0f} MiB",
-                "-" if faults is None else f"{faults:,.0f}",
-                f"{figures['output_error']:.1e}",
-                "-" if gradient is None else f"{gradient:.1e}",
-            )
-        )
+        rows.append((name, *(show(figures) for show in columns.values())))
     return _aligned(rows)
 
 
+def _optional(key: str, show: Callable[[Any], str]) -> Column:
+    return lambda figures: _ABSENT if figures[key] is None else show(figures[key])
+
+
+_SPEED: dict[str, Column] = {"img/s": lambda figures: f"{figures['images_per_second']:.1f}"}
+_RATIO: dict[str, Column] = {"ratio": lambda figures: f"{figures['ratio_to_eager']:.2f}x"}
+_COSTS: dict[str, Column] = {
+    "peak memory": _optional("peak_bytes", lambda size: f"{size / 2**20:,.0f} MiB"),
+    "page faults": _optional("minor_faults", lambda faults: f"{faults:,.0f}"),
+    "output error": lambda figures: f"{figures['output_error']:.1e}",
+}
+_TRAINING: dict[str, Column] = {
+    **_SPEED,
+    "ms (min to max)": lambda figures: "{median:.1f} ({min:.1f} to {max:.1f})".format(**figures["ms"]),
+    **_RATIO,
+    **_COSTS,
+    "gradient error": _optional("gradient_error", lambda error: f"{error:.1e}"),
+}
+_INFERENCE: dict[str, Column] = {
+    **_SPEED,
+    "p50 ms": lambda figures: f"{figures['ms']['p50']:.2f}",
+    "p90 ms": lambda figures: f"{figures['ms']['p90']:.2f}",
+    "p99 ms": lambda figures: f"{figures['ms']['p99']:.2f}",
+    **_RATIO,
+    "start-up s": _optional("startup_s", lambda seconds: f"{seconds:.1f}"),
+    **_COSTS,
+}
+
+
 def _breakdown(entry: Report) -> list[str]:
-    sides = entry["implementations"]
+    sides = {name: side for name, side in entry["implementations"].items() if side["breakdown_ms"]}
     rows = [("one profiled step, ms", *sides)]
     for category in sides["eager"]["breakdown_ms"]:
         values = [figures["breakdown_ms"][category] for figures in sides.values()]
         if any(values):
-            rows.append((category, *(f"{value:.1f}" if value else "-" for value in values)))
-    lines = [
+            rows.append((category, *(f"{value:.1f}" if value else _ABSENT for value in values)))
+    return [
         *_aligned(rows),
-        f"share of batch-norm time in fusedres kernels: {_percent(entry['fused_norm_share'])}",
-        f"share of convolution time in fusedres kernels: {_percent(entry['fused_convolution_share'])}",
+        *_shares(entry),
         f"ceiling: {entry['ceiling']:.2f}x eager, if batch norm, ReLU and add cost nothing",
+        *(f"note: {note}" for note in entry["notes"]),
     ]
-    return lines if entry["note"] is None else [*lines, f"note: {entry['note']}"]
+
+
+def _shares(entry: Report) -> list[str]:
+    if entry["mode"] == "train":
+        return [
+            f"share of batch-norm time in fusedres kernels: {_percent(entry['fused_norm_share'])}",
+            f"share of convolution time in fusedres kernels: {_percent(entry['fused_convolution_share'])}",
+        ]
+    shares = ", ".join(f"{name} {_percent(share)}" for name, share in entry["one_pass_share"].items())
+    return [f"share of convolution time in one pass with bias, add and ReLU: {shares}"]
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

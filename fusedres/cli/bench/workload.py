@@ -19,6 +19,7 @@ FP16_LOSS_SCALE = 1024.0
 _PREPARING = 0.8
 
 Step = Callable[[], None]
+Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Workload:
     Args:
         images: [N, 3, H, W], fp32, in the layout to measure.
         labels: [N], int64.
-        dtype: of the convolutions: fp32, or bf16 | fp16 through autocast over fp32 weights.
+        dtype: of the convolutions: fp32, bf16 or fp16; in training the latter two by autocast over fp32
+            weights.
     """
 
     images: Tensor
@@ -107,11 +109,11 @@ def training_step(model: nn.Module, workload: Workload) -> Step:
     return step
 
 
-def inference_step(model: nn.Module, workload: Workload) -> Step:
-    """Forward in evaluation mode, under torch.inference_mode."""
+def inference_step(forward: Forward, workload: Workload) -> Step:
+    """From fp32 images to logits, under torch.inference_mode."""
 
     def step() -> None:
-        with torch.inference_mode(), workload.autocast():
-            model(workload.images)
+        with torch.inference_mode():
+            forward(workload.images)
 
     return step
