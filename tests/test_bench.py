@@ -49,11 +49,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_the_report_says_what_ran(report: dict[str, Any]) -> None:
-    assert set(report) == {"command", "date", "versions", "machine", "settings", "fused", "eager", "results"}
+    assert set(report) == {"command", "date", "versions", "machine", "settings", "results"}
     assert report["versions"]["torch"] == torch.__version__
     assert report["versions"]["fusedres"] == fusedres.__version__
     assert report["command"].startswith("fusedres bench --model resnet18 --batch 2 ")
-    assert report["fused"] == f"fusedres {fusedres.__version__}, reference kernels"
     assert report["machine"]["threads"] == 1
     assert report["machine"]["device_name"]
     assert report["settings"] == {
@@ -63,22 +62,34 @@ def test_the_report_says_what_ran(report: dict[str, Any]) -> None:
         "dtype": "fp32",
         "layout": "channels_last",
         "device": "cpu",
-        "rounds": 2,
         "warmup": 1,
         "seed": 0,
         "backend": "reference",
     }
-    assert [entry["mode"] for entry in report["results"]] == ["train", "inference"]
+    train, inference = report["results"]
+    assert (train["mode"], inference["mode"]) == ("train", "inference")
+    assert train["rounds"] == inference["rounds"] == 2
+    described = {
+        name: side["description"]
+        for entry in (inference, train)
+        for name, side in entry["implementations"].items()
+    }
+    assert described["fused"] == f"fusedres {fusedres.__version__}, reference kernels"
+    assert described["folded"].startswith("eager with its batch norms folded")
+    fused, eager_side = (inference["implementations"][name]["description"] for name in ("fused", "eager"))
+    assert "optimize_for_inference to float32" in fused
+    assert eager_side == f"{described['eager']}, converted to float32"
 
 
 def test_the_report_has_every_figure(report: dict[str, Any]) -> None:
     for entry in report["results"]:
         sides = entry["implementations"]
-        assert list(sides) == ["fused", "eager"]
+        assert list(sides) == ["fused", "eager", *(["folded"] if entry["mode"] == "inference" else [])]
         for side in sides.values():
             ms = side["ms"]
             assert len(ms["all"]) == 2
             assert 0 < ms["min"] <= ms["median"] <= ms["max"]
+            assert ms["p50"] == ms["median"] and ms["p90"] == ms["p99"] == ms["max"]
             assert side["images_per_second"] == pytest.approx(2e3 / ms["median"])
             assert side["ratio_to_eager"] == pytest.approx(sides["eager"]["ms"]["median"] / ms["median"])
             # an activation of the stem alone takes 2 * 64 * 32 * 32 * 4 bytes
@@ -88,20 +99,32 @@ def test_the_report_has_every_figure(report: dict[str, Any]) -> None:
             parts = side["breakdown_ms"]
             assert parts["convolution"] + parts["fusedres convolution"] > 0
         assert entry["ceiling"] > 1
-        assert entry["note"] is None
     train, inference = report["results"]
+    assert train["notes"] == []
+    assert all(side["startup_s"] is None for side in train["implementations"].values())
+    assert all(side["startup_s"] > 0 for side in inference["implementations"].values())
     assert all(0 < side["gradient_error"] < 0.1 for side in train["implementations"].values())
     assert all(side["gradient_error"] is None for side in inference["implementations"].values())
 
 
 def test_the_breakdown_tells_our_kernels_from_aten(report: dict[str, Any]) -> None:
-    for entry in report["results"]:
-        fused, plain = (entry["implementations"][name]["breakdown_ms"] for name in ("fused", "eager"))
-        assert entry["fused_norm_share"] == 1
-        assert entry["fused_convolution_share"] > 0.5
-        assert fused["fusedres batch norm"] > 0 and fused["batch norm, ReLU"] == 0
-        assert plain["fusedres batch norm"] == 0 and plain["batch norm, ReLU"] > 0
-    assert report["results"][0]["implementations"]["eager"]["breakdown_ms"]["optimizer"] > 0
+    train = report["results"][0]
+    fused, plain = (train["implementations"][name]["breakdown_ms"] for name in ("fused", "eager"))
+    assert train["fused_norm_share"] == 1
+    assert train["fused_convolution_share"] > 0.5
+    assert fused["fusedres batch norm"] > 0 and fused["batch norm, ReLU"] == 0
+    assert plain["fusedres batch norm"] == 0 and plain["batch norm, ReLU"] > 0
+    assert plain["optimizer"] > 0
+
+
+def test_the_breakdown_tells_a_pass_of_its_own_from_none(report: dict[str, Any]) -> None:
+    """The reference kernels add bias and residual and apply the ReLU by PyTorch's operators."""
+    inference = report["results"][1]
+    assert inference["one_pass_share"] == {"fused": 0, "eager": 0, "folded": 0}
+    assert inference["notes"] == ["no convolution of the fused side took its ReLU in"]
+    for side in inference["implementations"].values():
+        assert side["breakdown_ms"]["batch norm, ReLU"] > 0
+        assert side["breakdown_ms"][breakdown.ONE_PASS] == 0
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +148,7 @@ def test_a_run_that_fused_nothing_says_so(
     monkeypatch.setattr(
         "fusedres.ops.choice", lambda *problem: plan.Choice("aten", "the kernels are on holiday")
     )
-    assert main([*TINY, "--inference"]) == 0
+    assert main([*TINY, "--train"]) == 0
     out = capsys.readouterr().out
     assert "share of batch-norm time in fusedres kernels: 0%" in out
     assert "note: nothing was fused because: the kernels are on holiday" in out
@@ -136,7 +159,7 @@ def test_a_run_that_fused_nothing_says_so(
 def test_the_compiled_kernels_pass_the_check(layout: str, capsys: pytest.CaptureFixture[str]) -> None:
     with fusedres.backend("cpu"):
         assert main([*TINY, "--layout", layout]) == 0
-    assert capsys.readouterr().out.count("share of batch-norm time in fusedres kernels: 100%") == 2
+    assert "share of batch-norm time in fusedres kernels: 100%" in capsys.readouterr().out
 
 
 def tampered(wrong: str) -> fusedres.ResNet18:
@@ -277,7 +300,7 @@ def test_page_faults_are_those_of_the_step() -> None:
 def test_compile_is_a_third_side(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     with fusedres.backend("reference"):
-        assert main([*TINY, "--compile", "--inference", "--dtype", "fp32", "--json", str(path)]) == 0
+        assert main([*TINY, "--compile", "--train", "--dtype", "fp32", "--json", str(path)]) == 0
     sides = json.loads(path.read_text())["results"][0]["implementations"]
     assert list(sides) == ["fused", "eager", "compile"]
     assert sides["compile"]["output_error"] < 1e-4
@@ -291,9 +314,10 @@ def test_a_compiler_that_fails_is_one_line(
         return model
 
     monkeypatch.setattr(torch, "compile", compiled)
-    with fusedres.backend("reference"):
-        assert main([*TINY, "--compile"]) == 1
-    assert capsys.readouterr() == ("", "fusedres: error: torch.compile failed: division by zero\n")
+    for mode in ("--train", "--inference"):
+        with fusedres.backend("reference"):
+            assert main([*TINY, "--compile", mode]) == 1
+        assert capsys.readouterr() == ("", "fusedres: error: torch.compile failed: division by zero\n")
 
 
 def test_too_large_a_batch_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,6 +115,7 @@ def test_the_package_imports_no_command_line_and_no_optional_dependency() -> Non
         (("bench", "--dtype", "int8"), "int8"),
         (("bench", "--train", "--inference"), "not allowed with"),
         (("bench", "--train", "--batch", "1", "--image-size", "32"), "more than one value per channel"),
+        (("bench", "--train", "--peers"), "--peers measures inference"),
         (("bench", "--json", "no/such/folder/out.json"), "there is no directory"),
         (("bench", "--plot", "no/such/folder/out.png"), "there is no directory"),
         (("bench", "--json", "."), "is a directory"),

@@ -146,8 +146,10 @@ def folded(model: nn.Module) -> nn.Module:
 
 def frozen(model: nn.Module, batch: Workload) -> Forward:
     """torch.compile with the weights as constants, for which it folds and packs them."""
+    from torch._inductor import config  # takes a second
+
     # the setting counts when the first call compiles, and is put back for who else compiles
-    with torch._inductor.config.patch(freezing=True), torch.inference_mode():
+    with config.patch(freezing=True), torch.inference_mode():
         compiled: Forward = torch.compile(Converted(model, batch.dtype))
         compiled(batch.images)
     return compiled
