@@ -192,8 +192,8 @@ def test_a_peer_computes_the_same_with_as_many_threads(
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        peer.check(dtype)
         try:
+            peer.check(dtype)
             forward = peer.build(net, batch)
         except CommandError as reason:
             pytest.skip(str(reason))
@@ -205,7 +205,7 @@ def test_a_peer_computes_the_same_with_as_many_threads(
 
 
 def test_peers_are_sides_of_the_report(tmp_path: Path) -> None:
-    for name in ("onnxruntime", "openvino"):
+    for name in ("onnx", "onnxruntime", "openvino"):
         pytest.importorskip(name)
     pytest.importorskip("matplotlib")
     picture = tmp_path / "out.png"
@@ -229,6 +229,13 @@ def test_a_missing_package_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert openvino.startswith("OpenVINO is left out: ") and "pip install openvino" in openvino
 
 
+def test_a_package_that_the_export_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(CommandError, match="ONNX Runtime needs onnx: pip install onnx"):
+        peers.PEERS[0].check(torch.float32)
+
+
 def fake(monkeypatch: pytest.MonkeyPatch, forward: workload.Forward) -> None:
     """An engine that takes any model and is in a package that is there."""
     monkeypatch.setattr(
@@ -249,7 +256,6 @@ def test_a_peer_that_fails_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_a_peer_that_is_wrong_is_measured_with_a_note(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
     fake(monkeypatch, lambda images: torch.zeros(len(images), workload.CLASSES))
     assert main([*TINY, "--peers", "--dtype", "fp32"]) == 0
     out = capsys.readouterr().out

@@ -244,6 +244,24 @@ def test_predict_prints_the_models_own_probabilities(
     assert lines[1].endswith(f"class {expected.indices[0]}")
 
 
+def test_predict_optimises_its_model(
+    checkpoint: Path, image: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    optimise = fusedres.optimize_for_inference
+
+    def spy(model: torch.nn.Module) -> torch.nn.Module:
+        seen.append(optimise(model))
+        seen[-1].register_forward_hook(lambda *call: seen.append(call[0]))
+        return seen[-1]
+
+    monkeypatch.setattr(fusedres, "optimize_for_inference", spy)
+    argv = ["predict", str(image), str(image), "--model", "resnet18", "--checkpoint", str(checkpoint)]
+    assert main(argv) == 0
+    # made once, called for each image
+    assert len(seen) == 3 and seen[0] is seen[1] is seen[2]
+
+
 @needs("torchvision")
 @pytest.mark.parametrize("size", [(300, 260), (100, 90), (640, 231), (224, 224)])
 def test_preprocessing_is_torchvisions(size: tuple[int, int], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from fusedres.cli.options import DTYPES, LAYOUTS, MODELS, Commands, add_command,
 
 BATCH = {"cpu": 16, "cuda": 128}
 ROUNDS = {"cpu": 10, "cuda": 50}
-# steps of inference are short: enough of them for a 99th percentile at batch 1, in the time of a minute
+# steps of inference are short, and at batch 1 a 99th percentile needs a hundred of them
 INFERENCE_ROUNDS = {"cpu": 20, "cuda": 100}
 INFERENCE_IMAGES = 120
 WARMUP = {"cpu": 2, "cuda": 10}

@@ -29,18 +29,21 @@ class Peer:
         title: the engine's name.
         dtypes: those it computes in on a CPU.
         build: makes a function from fp32 images to fp32 logits.
+        needs: packages besides.
     """
 
     name: str
     title: str
     dtypes: tuple[torch.dtype, ...]
     build: Callable[[nn.Module, Workload], Forward]
+    needs: tuple[str, ...] = ()
 
     def check(self, dtype: torch.dtype) -> None:
         """Raise CommandError if it can't compute in ``dtype`` or isn't installed."""
         if dtype not in self.dtypes:
             raise CommandError(f"it has no {_bits(dtype)} on a CPU")
-        require(self.name, self.title)
+        for package in (self.name, *self.needs):
+            require(package, self.title)
 
     def description(self, dtype: torch.dtype) -> str:
         return f"{self.title} {importlib.metadata.version(self.name)}, {_bits(dtype)}"
@@ -60,7 +63,7 @@ def _onnxruntime(model: nn.Module, batch: Workload) -> Forward:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = Path(folder) / "model.onnx"
-        # the exporter that needs no package beyond PyTorch
+        # the other exporter needs onnxscript, too
         torch.onnx.export(model, (batch.images,), file, dynamo=False)
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
@@ -92,6 +95,6 @@ def _array(images: Tensor) -> Any:
 
 
 PEERS = (
-    Peer("onnxruntime", "ONNX Runtime", (torch.float32,), _onnxruntime),
+    Peer("onnxruntime", "ONNX Runtime", (torch.float32,), _onnxruntime, needs=("onnx",)),
     Peer("openvino", "OpenVINO", (torch.float32, torch.bfloat16), _openvino),
 )
