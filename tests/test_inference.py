@@ -280,7 +280,7 @@ EXPORTED = """
 import sys, torch
 model, x, expected, more = torch.load(sys.argv[1] + "/data.pt")
 loaded = torch.export.load(sys.argv[1] + "/model.pt2").module()
-torch.testing.assert_close(loaded(x), expected, rtol=1e-5, atol=1e-5)
+assert (loaded(x) - expected).norm() <= float(sys.argv[2]) * expected.norm()
 assert loaded(more).shape == (7, 10)
 assert not any(name.split(".")[0] == "fusedres" for name in sys.modules)
 """
@@ -301,7 +301,11 @@ def test_export(resnet18, x, dtype, tmp_path):
     script = tmp_path / "load.py"
     script.write_text(EXPORTED)
     result = subprocess.run(
-        [sys.executable, script, tmp_path], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, script, tmp_path, str(torch.finfo(dtype).eps * 4)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
 

@@ -15,7 +15,8 @@ _OPS: Any = torch.ops.fusedres
 
 def pool(x: Tensor, bias: Tensor | None) -> Tensor:
     """The maximum of relu(x + bias) over 3x3 windows, stride 2, padding 1."""
-    if ops.served("bias_relu_maxpool", x.device, x.dtype, ops.forced_backend()):
+    least = ops.served_from("bias_relu_maxpool", x.device, x.dtype, ops.forced_backend())
+    if least is not None and x.numel() >= least:
         return _OPS.bias_relu_maxpool.default(x, bias)  # type: ignore[no-any-return]
     if bias is not None:
         x = (x + bias.to(x.dtype).view(-1, 1, 1)).relu_()
