@@ -23,6 +23,7 @@ from gpu_check_run import END, HEADER, Check, Part, Record, Results, deadline, r
 
 try:
     import gpu_check_convs
+    import gpu_check_inference
     import gpu_check_net
     import gpu_check_ops
     import torch
@@ -39,14 +40,15 @@ _MOST_WRONG = 10  # named in the summary of a part
 
 # in order; the seconds add up to less than TOTAL
 PARTS = {
-    "correct": Part(gpu_check_net.correct, 105, gpu_check_net.show_correct),
+    "correct": Part(gpu_check_net.correct, 100, gpu_check_net.show_correct),
     "copy": Part(gpu_check_ops.copy, 15, gpu_check_ops.show_copy),
     # what it finds stays on disk: the parts behind it run with that
-    "autotune": Part(gpu_check_convs.tune, 110, gpu_check_convs.show_tune),
-    "train": Part(gpu_check_net.train, 75, gpu_check_net.show_train),
-    "convs": Part(gpu_check_convs.convs, 45, gpu_check_convs.show_convs),
-    "ops": Part(gpu_check_ops.ops, 40, gpu_check_ops.show_ops),
-    "compile": Part(gpu_check_net.compiled, 115, gpu_check_net.show_train),
+    "autotune": Part(gpu_check_convs.tune, 90, gpu_check_convs.show_tune),
+    "train": Part(gpu_check_net.train, 65, gpu_check_net.show_train),
+    "inference": Part(gpu_check_inference.inference, 55, gpu_check_inference.show_inference),
+    "convs": Part(gpu_check_convs.convs, 40, gpu_check_convs.show_convs),
+    "ops": Part(gpu_check_ops.ops, 35, gpu_check_ops.show_ops),
+    "compile": Part(gpu_check_net.compiled, 105, gpu_check_net.show_train),
     "graph": Part(gpu_check_net.graph, 15, gpu_check_net.show_graph),
 }
 

@@ -1,0 +1,117 @@
+"""The part that runs optimised nets: throughput, latency, and what was chosen for each convolution."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from gpu_check_run import Check, Record
+from torch import Tensor, nn
+
+import fusedres
+from fusedres import kernels, plan
+from fusedres.cli.bench import eager, measure, workload
+from fusedres.cli.bench.workload import Step
+
+_MODELS = {True: "resnet18", False: "resnet50"}  # by tiny
+_LEAST_MEMORY = 40 << 30  # bytes, for a batch of 256
+_TOLERANCE = 2.0  # of eager's own error
+
+
+def inference(check: Check) -> None:
+    """Images a second of a large batch and milliseconds of one image, against the converted model."""
+    device = torch.device(check.device)
+    net, dtype = _MODELS[check.tiny], torch.float32 if check.tiny else torch.bfloat16
+    model, origin = eager.build(net)
+    model.to(device)
+    size = 64 if check.tiny else 224
+    batches = (2, 1) if check.tiny else (256 if _is_large(device) else 64, 1)
+    workload.prepare(model, torch.randn(8, 3, size, size, device=device))
+    model.eval()
+    for batch in batches:
+        images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
+        facts = {"model": net, "batch": batch, "dtype": str(dtype).removeprefix("torch."), "eager": origin}
+        _measure(check, model, images, dtype, facts)
+    for key, measured in plan.MEASURED.items():
+        if key.op == "conv_bias_act":
+            check.record("choice", conv=list(key.conv), dtype=key.dtype, best=measured.best, us=measured.us)
+
+
+def _is_large(device: torch.device) -> bool:
+    return torch.cuda.get_device_properties(device).total_memory >= _LEAST_MEMORY
+
+
+@torch.inference_mode()
+def _measure(check: Check, model: nn.Module, images: Tensor, dtype: torch.dtype, facts: Record) -> None:
+    converted = copy.deepcopy(model).to(dtype).to(memory_format=torch.channels_last)
+    expected = copy.deepcopy(model).double()(images[:8].double())
+    given = images.to(dtype)
+    allowed = _TOLERANCE * _error(converted(given[:8]), expected) + torch.finfo(dtype).eps
+    steps: dict[str, Step] = {"eager": lambda: converted(given)}
+    for name in ("auto", "triton"):
+        if name == "triton" and (check.device == "cpu" or name in kernels.unavailable()):
+            check.record(
+                "not measured", implementation=name, reason=kernels.unavailable().get(name, "no GPU")
+            )
+            continue
+        try:
+            steps[name] = _side(model, given, dtype, name)
+            error = _error(_side_logits(model, given[:8], dtype, name), expected)
+        except Exception as failure:
+            check.record("first call", ok=False, implementation=name, error=str(failure).strip()[:300])
+            continue
+        wrong = None if error <= allowed else f"relative error {error:.2e}, allowed {allowed:.2e}"
+        check.record("first call", ok=wrong is None, implementation=name, relative_error=error, error=wrong)
+    measure.release_free_memory(images.device)
+    rounds, warmup = (2, 1) if check.tiny else (30, 5) if len(images) > 1 else (200, 20)
+    samples = measure.interleave(steps, rounds, warmup, images.device, check.part)
+    for name, step in steps.items():
+        ms = samples[name].median_ms
+        check.record(
+            "inference",
+            implementation=name,
+            **facts,
+            images_per_second=1e3 * len(images) / ms,
+            ms={"median": ms, "min": min(samples[name].ms), "max": max(samples[name].ms)},
+            ratio_to_eager=samples["eager"].median_ms / ms,
+            peak_bytes=measure.peak_bytes(step, images.device),
+        )
+
+
+def _side(model: nn.Module, given: Tensor, dtype: torch.dtype, backend: str) -> Step:
+    with fusedres.backend(backend):
+        optimised = fusedres.optimize_for_inference(model, dtype, given)
+
+    def step() -> Any:
+        with fusedres.backend(backend):
+            return optimised(given)
+
+    return step
+
+
+def _side_logits(model: nn.Module, given: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    with fusedres.backend(backend):
+        return fusedres.optimize_for_inference(model, dtype)(given)
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def show_inference(records: list[Record]) -> list[str]:
+    lines = []
+    for record in records:
+        if record["name"] == "inference":
+            lines.append(
+                f"{record['model']}, batch {record['batch']}, {record['implementation']}: "
+                f"{record['images_per_second']:.0f} img/s, {record['ms']['median']:.2f} ms, "
+                f"{record['ratio_to_eager']:.2f}x eager"
+            )
+        elif record["name"] == "not measured":
+            lines.append(f"{record['implementation']}: not measured, {record['reason']}")
+    ours = [record for record in records if record["name"] == "choice"]
+    if ours:
+        count = sum(record["best"] == "triton" for record in ours)
+        lines.append(f"{count} of {len(ours)} shapes run by our convolution, the others by cuDNN's")
+    return lines
