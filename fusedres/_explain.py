@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedres import ops, plan
+from fusedres.inference import OptimizedResNet
 from fusedres.nn import unfused_block_reason, unfused_reason
 
 # what an op of PyTorch's is called in the table; others say nothing about a layer
@@ -35,7 +36,8 @@ class Step(NamedTuple):
         layer: the module whose parameters it takes; "" for none.
         op: its name.
         shape: of its first argument.
-        implementation: "triton", "cuda", "cpu", "reference", or "aten" for PyTorch's own operators.
+        implementation: "triton", "cuda", "cpu", "reference", "aten" for PyTorch's own operators, or
+            "onednn" or "cudnn" for a convolution of theirs with what follows it.
         reason: why that one.
     """
 
@@ -140,11 +142,12 @@ def explain(
 ) -> Explanation:
     """Which implementation runs each layer of a forward, and why; print it for a table.
 
-    Nothing is computed: a copy of the model runs on shapes alone. The backend that is forced where this is
-    called is the one that is explained.
+    Nothing is computed: a copy of the model runs on shapes alone; an optimised model runs once, on zeros,
+    since measurements decide there. The backend that is forced where this is called is the one that is
+    explained.
 
     Args:
-        model: a model, in the mode (training or not) that is to be explained.
+        model: a model, in the mode (training or not) that is to be explained, or an optimised one.
         input_size: of a batch, as (16, 3, 224, 224).
         dtype: of the activations; the first floating-point parameter's by default.
         device: where the model is to run; the first parameter's by default.
@@ -153,11 +156,14 @@ def explain(
         A list of :class:`Step`.
 
     Raises:
-        ValueError: an input size that isn't [N, C, H, W].
+        ValueError: an input size that isn't [N, C, H, W]; or a dtype or device that
+            an optimised model isn't for.
         RuntimeError: a forced backend can't serve the model.
     """
     if len(input_size) != 4 or any(not isinstance(n, int) or n < 1 for n in input_size):
         raise ValueError(f"input_size must be four positive integers, [N, C, H, W], got {input_size!r}")
+    if isinstance(model, OptimizedResNet):
+        return _optimised(model, input_size, dtype, device)
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     dtype, device = dtype or first.dtype, torch.device(device or first.device)
     forced = ops.forced_backend()
@@ -170,6 +176,22 @@ def explain(
         twin(torch.empty(*input_size, device="meta"))
     asked = _Asked(dtype, device, forced, dict(twin.named_modules()))
     return Explanation(step for call in recorder.calls for step in asked.steps(call))
+
+
+def _optimised(
+    model: OptimizedResNet,
+    input_size: Sequence[int],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Explanation:
+    own = next(model.parameters())
+    if dtype not in (None, model.dtype) or torch.device(device or own.device) != own.device:
+        raise ValueError(
+            f"an optimised model runs in {model.dtype} on {own.device}, got {dtype} on {device}: explain "
+            "one that is optimised for those"
+        )
+    x = torch.zeros(*input_size, dtype=model.dtype, device=own.device)
+    return Explanation(Step(*choice) for choice in model.choices(x))
 
 
 def _on_meta(model: nn.Module) -> nn.Module:

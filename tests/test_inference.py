@@ -411,3 +411,31 @@ def test_every_batch_norm_is_folded(resnet18):
     kinds = Counter(type(m) for m in optimised.modules() if not list(m.children()))
     assert kinds[nn.BatchNorm2d] == 0 and kinds[nn.ReLU] == 0
     assert sum(isinstance(m, ConvBiasAct) for m in optimised.modules()) == 20
+
+
+def test_explain(resnet18):
+    optimised = fusedres.optimize_for_inference(resnet18)
+    steps = {step.layer: step for step in fusedres.explain(optimised, (2, 3, 64, 64)) if step.layer}
+    assert len(steps) == 20 + 2  # with avgpool and fc
+    last = steps["layer1.0.conv2"]
+    assert last.op == "conv + bias + ReLU + residual" and last.shape == (2, 64, 16, 16)
+    assert steps["conv1"].op == "conv + bias + ReLU + max pool"
+    expected = "aten" if onednn.unavailable(torch.float32) else "onednn"
+    assert {steps[name].implementation for name in steps if "conv" in name} == {expected}
+    with fusedres.backend("reference"):
+        assert {s.implementation for s in fusedres.explain(optimised, (2, 3, 64, 64))} == {"aten"}
+    with pytest.raises(
+        ValueError, match="an optimised model runs in torch.float32 on cpu, got torch.bfloat16"
+    ):
+        fusedres.explain(optimised, (2, 3, 64, 64), torch.bfloat16)
+
+
+def test_operators_that_read_one_value_twice():
+    """Of a net that is traced, not guessed."""
+
+    class Doubled(fusedres.ResNet18):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return torch.cat([y + y, y.mul(2)], dim=1)
+
+    check(seasoned(Doubled(num_classes=10)), torch.randn(2, 3, 32, 32), torch.float32)

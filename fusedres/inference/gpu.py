@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def bind_conv(layer: ConvBiasAct, x: Tensor, residual: Tensor | None) -> Bound:
     """``layer`` on inputs of ``x``'s shape."""
     kernel, library = _kernel(layer), _library(layer, residual is not None)
     if kernel is None:
-        return library
+        return library._replace(reason="no kernel of ours for its padding, dilation, groups or stride")
     tensors = (x,) if residual is None else (x, residual)
 
     def run(fused: bool) -> Tensor:
@@ -30,7 +31,8 @@ def bind_conv(layer: ConvBiasAct, x: Tensor, residual: Tensor | None) -> Bound:
         return bound.run(*tensors, *bound.constants)
 
     conv = ops.conv_shape(x, layer.weight, layer.stride[0], pending=False)
-    return kernel if autotune.fused("conv_bias_act", x, conv, run) else library
+    bound = kernel if autotune.fused("conv_bias_act", x, conv, run) else library
+    return bound._replace(reason=_reason("conv_bias_act", x, conv))
 
 
 def bind_stem(layer: Stem, x: Tensor) -> Bound:
@@ -38,22 +40,26 @@ def bind_stem(layer: Stem, x: Tensor) -> Bound:
     weight, bias = _channels_last(layer), _float32(layer.bias)
     fits = all(getattr(layer, name) == value for name, value in _STEM.items())
     if not fits or tuple(weight.shape[1:]) != (3, 7, 7):
-        conv = bind_conv(layer, x, None)
-        return Bound(lambda x, *constants: pool(conv.run(x, *constants), None), conv.constants)
+        bound = bind_conv(layer, x, None)
+        return bound._replace(run=lambda x, *constants: pool(bound.run(x, *constants), None))
 
-    def run(fused: bool) -> Tensor:
+    def conv(x: Tensor, fused: bool) -> Tensor:
         if fused:
             return _OPS.stem_conv(x, weight, None, None, 0.0, False, x.dtype)[0]  # type: ignore[no-any-return]
         return F.conv2d(x, weight, None, layer.stride, layer.padding)
 
     # compared as the training stem is, whose measurement serves too
-    if autotune.fused("stem_conv", x, ops.stem_shape(x, weight, x.dtype), run):
-        stem = _OPS.stem_conv.default
-        return Bound(lambda x, w: pool(stem(x, w, None, None, 0.0, False, x.dtype)[0], bias), (weight,))
-    return Bound(
-        lambda x, w: pool(F.conv2d(x, w, None, layer.stride, layer.padding), bias),
-        (weight,),
-    )
+    shape = ops.stem_shape(x, weight, x.dtype)
+    fused = autotune.fused("stem_conv", x, shape, functools.partial(conv, x))
+
+    def stem(x: Tensor) -> Tensor:
+        return pool(conv(x, fused), bias)
+
+    return Bound(stem, (), "triton" if fused else "cudnn", _reason("stem_conv", x, shape))
+
+
+def _reason(op: str, x: Tensor, conv: Any) -> str:
+    return ops.choice(op, x.device, x.dtype, ops.forced_backend(), conv).reason
 
 
 def _kernel(layer: ConvBiasAct) -> Bound | None:
@@ -73,7 +79,7 @@ def _kernel(layer: ConvBiasAct) -> Bound | None:
     def run(x: Tensor, *residual: Tensor) -> Tensor:
         return op(x, weight, bias, residual[0] if residual else None, layer.relu, stride)  # type: ignore[no-any-return]
 
-    return Bound(run)
+    return Bound(run, (), "triton")
 
 
 def _library(layer: ConvBiasAct, residual: bool) -> Bound:
@@ -85,8 +91,8 @@ def _library(layer: ConvBiasAct, residual: bool) -> Bound:
     sizes = (layer.stride, layer.padding, layer.dilation, layer.groups)
     if residual:
         add_relu = _ATEN.cudnn_convolution_add_relu.default
-        return Bound(lambda x, residual: add_relu(x, weight, residual, 1.0, bias, *sizes))
-    return Bound(_ATEN.cudnn_convolution_relu.default, (weight, bias, *sizes))
+        return Bound(lambda x, residual: add_relu(x, weight, residual, 1.0, bias, *sizes), (), "cudnn")
+    return Bound(_ATEN.cudnn_convolution_relu.default, (weight, bias, *sizes), "cudnn")
 
 
 def _channels_last(layer: ConvBiasAct) -> Tensor:

@@ -35,6 +35,7 @@ class Captured:
 
     def __init__(self, program: Program, x: Tensor) -> None:
         self._lock = threading.Lock()
+        self.choices = program.choices
         self._x = x.clone()
         self._graph = torch.cuda.CUDAGraph()
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -41,6 +41,11 @@ class ConvBiasAct(nn.Module):
         self.stride, self.padding, self.dilation = tuple(stride), tuple(padding), tuple(dilation)
         self.groups, self.relu = groups, relu
 
+    @property
+    def op(self) -> str:
+        """What it computes, in words."""
+        return "conv + bias" + " + ReLU" * self.relu
+
     def extra_repr(self) -> str:
         filters, channels, *side = self.weight.shape
         return (
@@ -62,6 +67,10 @@ class Stem(ConvBiasAct):
     Shapes:
         [N, C, H, W] -> [N, K, P, Q]
     """
+
+    @property
+    def op(self) -> str:
+        return f"{super().op} + max pool"
 
     def forward(self, x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
         return F.max_pool2d(super().forward(x), 3, 2, 1)

@@ -14,7 +14,7 @@ from fusedres import ops
 from fusedres.inference import graph
 from fusedres.inference.layers import ConvBiasAct
 from fusedres.inference.onednn import Packs
-from fusedres.inference.program import Program
+from fusedres.inference.program import Choice, Program
 
 # On a CPU a batch goes through the net in parts whose largest activation has so many bytes a thread: a part
 # stays in the caches from one layer to the next, and in memory that the allocator keeps. From ResNet-50 in
@@ -93,6 +93,17 @@ class OptimizedResNet(nn.Module):
             raise RuntimeError("an optimised model can't be trained: train the one that it was made of")
         return self
 
+    def choices(self, x: Tensor) -> list[Choice]:
+        """What runs each layer for an input, which is computed to find out."""
+        with torch.no_grad():
+            part = x[: self._part(x)]
+            self(part)
+            part = part.to(self.dtype)
+        return self._programs[self._key(part)].choices
+
+    def _key(self, x: Tensor) -> tuple[Any, ...]:
+        return x.shape, ops.forced_backend(), graph.pays(x, self.cuda_graph)
+
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self.net(x.to(self.dtype)).to(x.dtype)  # type: ignore[no-any-return]
@@ -107,14 +118,13 @@ class OptimizedResNet(nn.Module):
         version = self._parameters_version()
         if version != self._version:
             self._forget()
-        captured = graph.pays(x, self.cuda_graph)
-        key = (x.shape, ops.forced_backend(), captured)
+        key = self._key(x)
         program = self._programs.get(key)
         if program is not None:
             return program(x)
         with self._lock:
             program, first = Program.made(self.net, x, self._packs)
-            self._programs[key] = graph.Captured(program, x) if captured else program
+            self._programs[key] = graph.Captured(program, x) if key[-1] else program
             if len(self._programs) > PROGRAMS:
                 del self._programs[next(iter(self._programs))]  # the oldest
         return first

@@ -15,6 +15,7 @@ from fusedres.inference.quantized import QuantizedConv
 
 _OPS: Any = torch.ops.mkldnn
 _QUANTIZED: Any = torch.ops.onednn
+_PACKED = ("onednn", "one pass, the weight packed for this shape")
 _reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # type: ignore[attr-defined,unused-ignore]
 
 
@@ -90,12 +91,12 @@ def bind_conv(layer: ConvBiasAct, x: Tensor, packs: Packs, *, residual: bool, re
     packed = (packs.of(layer, x), bias, *sizes)
     if not residual:
         conv = _OPS._convolution_pointwise.default
-        return Bound(conv, (*packed, "relu" if layer.relu else "none", [], ""))
+        return Bound(conv, (*packed, "relu" if layer.relu else "none", [], ""), *_PACKED)
     added: tuple[Any, ...] = (*packed, "add", 1.0, "relu" if layer.relu else None, [], "")
     if reuse:
         add_to = _OPS._convolution_pointwise_.binary
-        return Bound(lambda x, residual, *constants: add_to(residual, x, *constants), added)
-    return Bound(_OPS._convolution_pointwise.binary, added)
+        return Bound(lambda x, residual, *constants: add_to(residual, x, *constants), added, *_PACKED)
+    return Bound(_OPS._convolution_pointwise.binary, added, *_PACKED)
 
 
 def quantized_candidates(
@@ -120,7 +121,7 @@ def _converted(layer: QuantizedConv, x: Tensor, packs: Packs, dtype: torch.dtype
         given = [s.dequantize(t).to(dtype) for s, t in zip(scales, tensors, strict=True) if s is not None]
         return layer.out.quantize(conv.run(*given, *conv.constants))
 
-    return Bound(run)
+    return Bound(run, (), "onednn", f"in {plain.weight.dtype} between two conversions")
 
 
 def _quantized(layer: QuantizedConv, x: Tensor, packs: Packs, *, residual: bool, reuse: bool) -> Bound:
@@ -132,7 +133,8 @@ def _quantized(layer: QuantizedConv, x: Tensor, packs: Packs, *, residual: bool,
     out = (layer.out.step, layer.out.zero, torch.uint8)
     if not residual or layer.residual is None:
         conv = _QUANTIZED.qconv2d_pointwise.default
-        return Bound(conv, (*given, layer.bias, *sizes, *out, "relu" if layer.relu else "none", [], ""))
+        act = "relu" if layer.relu else "none"
+        return Bound(conv, (*given, layer.bias, *sizes, *out, act, [], ""), *_PACKED)
     add_to = _QUANTIZED.qconv2d_pointwise.binary
     added: tuple[Any, ...] = (
         layer.bias,
@@ -146,10 +148,10 @@ def _quantized(layer: QuantizedConv, x: Tensor, packs: Packs, *, residual: bool,
         "",
     )
     if reuse:
-        return Bound(lambda x, residual: add_to(x, *given, residual, *added))
-    return Bound(lambda x, residual: add_to(x, *given, residual.clone(), *added))
+        return Bound(lambda x, residual: add_to(x, *given, residual, *added), (), *_PACKED)
+    return Bound(lambda x, residual: add_to(x, *given, residual.clone(), *added), (), *_PACKED)
 
 
 def bind_stem(layer: Stem, x: Tensor, packs: Packs) -> Bound:
     conv = bind_conv(layer, x, packs, residual=False, reuse=False)
-    return Bound(lambda x, *constants: pool(conv.run(x, *constants), None), conv.constants)
+    return conv._replace(run=lambda x, *constants: pool(conv.run(x, *constants), None))

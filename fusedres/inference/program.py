@@ -32,6 +32,24 @@ class Step(NamedTuple):
     output: int
 
 
+class Choice(NamedTuple):
+    """What was settled for a node of the graph.
+
+    Args:
+        layer: the module's name; "" for a function.
+        op: what is computed.
+        shape: of the first input.
+        implementation: "onednn", "triton", "cudnn" or "aten".
+        reason: why that one.
+    """
+
+    layer: str
+    op: str
+    shape: tuple[int, ...]
+    implementation: str
+    reason: str
+
+
 class Program:
     """Made of a graph by running it once; then called on inputs of the same shape, dtype and device.
 
@@ -42,6 +60,7 @@ class Program:
 
     def __init__(self, net: fx.GraphModule, packs: onednn.Packs) -> None:
         self._net, self._packs = net, packs
+        self.choices: list[Choice] = []
         # milliseconds of each way to run a layer that has several
         self.measured: dict[str, dict[str, float]] = {}
         self._steps: list[Step] = []
@@ -78,6 +97,7 @@ class Program:
                 value, bound = x, None
             else:
                 bound = self._bind(node, [values[i] for i in inputs])
+                self.choices.append(self._choice(node, bound, [values[i] for i in inputs]))
                 value = bound.run(*(values[i] for i in inputs), *bound.constants)
             taken = tuple(slot[i] for i in inputs)
             # what is read here for the last time makes room, first of all for the result
@@ -105,10 +125,21 @@ class Program:
             bound = self._bind_layer(run, node, tensors)
             if bound is not None:
                 return bound
-        first, inputs = node.args[: len(tensors)], tuple(node.all_input_nodes)
-        if first == inputs and not node.kwargs:
-            return Bound(run, node.args[len(tensors) :])
+        first, rest = node.args[: len(tensors)], node.args[len(tensors) :]
+        if first == tuple(node.all_input_nodes) and not node.kwargs and not _nodes_in(rest):
+            return Bound(run, rest)
         return Bound(_anywhere(run, node))
+
+    def _choice(self, node: fx.Node, bound: Bound, tensors: list[Tensor]) -> Choice:
+        op = getattr(node.target, "__name__", str(node.target))
+        layer = ""
+        if node.op == "call_module":
+            layer = str(node.target)
+            module = self._net.get_submodule(layer)
+            op = module.op if isinstance(module, ConvBiasAct | QuantizedConv) else type(module).__name__
+            op += " + residual" if len(tensors) > 1 else ""
+        shape = tuple(tensors[0].shape) if tensors else ()
+        return Choice(layer, op, shape, bound.implementation, bound.reason)
 
     def _fastest(self, name: str, ways: dict[str, Bound], tensors: list[Tensor]) -> Bound | None:
         """The fastest of ``ways``; the first where timings must not decide."""
@@ -122,7 +153,8 @@ class Program:
                 bound.run(*given, *bound.constants)
                 took[way] = min(took[way], 1e3 * (time.perf_counter() - start))
         self.measured[name] = took
-        return ways[min(took, key=took.__getitem__)]
+        times = ", ".join(f"{way} {ms:.2f} ms" for way, ms in took.items())
+        return ways[min(took, key=took.__getitem__)]._replace(reason=f"measured {times}")
 
     def _bind_layer(self, layer: nn.Module, node: fx.Node, tensors: list[Tensor]) -> Bound | None:
         """What is better than calling the module; None if nothing is."""
@@ -147,6 +179,12 @@ class Program:
                 return onednn.bind_stem(layer, x, self._packs)
             return onednn.bind_conv(layer, x, self._packs, residual=residual is not None, reuse=reuse)
         return None
+
+
+def _nodes_in(args: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(args, found.append)
+    return found
 
 
 def _attribute(net: fx.GraphModule, name: str) -> Any:

@@ -85,6 +85,11 @@ class QuantizedConv(nn.Module):
         """Follows a model to another device, but keeps its types."""
         return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # type: ignore[no-untyped-call]
 
+    @property
+    def op(self) -> str:
+        """What it computes, in words."""
+        return "8-bit conv + bias" + " + ReLU" * self.relu
+
     def extra_repr(self) -> str:
         filters, channels, *side = self.weight.shape
         return (
