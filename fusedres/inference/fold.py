@@ -79,6 +79,8 @@ def fold(model: nn.Module) -> fx.GraphModule:
         graph = tracer.trace(model)
     except Exception as error:  # whatever the model's own code does with a proxy
         raise TypeError(f"model can't be traced by torch.fx: {error}") from error
+    for node in graph.nodes:
+        node.type = None  # an annotation kept as a string can't be pickled
     traced = fx.GraphModule(model, graph)
     modules = dict(traced.named_modules())
     _drop_nothings(graph, modules)
