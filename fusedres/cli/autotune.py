@@ -39,6 +39,9 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=at_least(1), default=256, metavar="N", help="images (default: 256)")
     parser.add_argument("--image-size", type=at_least(1), default=224, metavar="PX", help="default: 224")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="default: bf16")
+    parser.add_argument(
+        "--mode", choices=("train", "inference", "both"), default="both", help="default: both"
+    )
     options.add_device(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -61,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
 
         try:
             with autotune.searching(watch):
-                workload.training_step(model, batch)()
+                if args.mode != "inference":
+                    workload.training_step(model, batch)()
+                if args.mode != "train":
+                    fusedres.optimize_for_inference(model.eval(), batch.dtype, batch.images)
         except torch.OutOfMemoryError as error:
             raise CommandError(
                 f"no memory for {args.batch} images of {args.image_size} px (try a smaller --batch)"

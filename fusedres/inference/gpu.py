@@ -30,7 +30,7 @@ def bind_conv(layer: ConvBiasAct, x: Tensor, residual: Tensor | None) -> Bound:
         bound = kernel if fused else library
         return bound.run(*tensors, *bound.constants)
 
-    conv = ops.conv_shape(x, layer.weight, layer.stride[0], pending=False)
+    conv = ops.conv_shape(x, layer.weight, layer.stride[0], pending=False, residual=residual is not None)
     bound = kernel if autotune.fused("conv_bias_act", x, conv, run) else library
     return bound._replace(reason=_reason("conv_bias_act", x, conv))
 

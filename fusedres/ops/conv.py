@@ -19,12 +19,20 @@ from fusedres.ops.tensors import Op, check_vectors, laid_out, new_stats, or_noth
 
 
 def shape_of(
-    x: Tensor, weight: Tensor, stride: int, dilation: int = 1, groups: int = 1, *, pending: bool
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    dilation: int = 1,
+    groups: int = 1,
+    *,
+    pending: bool,
+    residual: bool = False,
 ) -> plan.Conv:
     """What the choice of a convolution's implementation depends on."""
     n, c, h, w = x.shape
     ieee = x.dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
-    return plan.Conv(n, c, h, w, weight.shape[0], weight.shape[2], stride, dilation, groups, pending, ieee)
+    filters, _, side, _ = weight.shape
+    return plan.Conv(n, c, h, w, filters, side, stride, dilation, groups, pending, ieee, residual)
 
 
 def out_size(size: int, stride: int) -> int:

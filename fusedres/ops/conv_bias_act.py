@@ -22,7 +22,8 @@ def conv_bias_act(
     check_like(x, z.shape, residual=residual)
     x, weight, residual = laid_out(layout(x), x, weight, residual)
     if z.numel():
-        run = kernel("conv_bias_act", x, shape_of(x, weight, stride, pending=False))
+        shape = shape_of(x, weight, stride, pending=False, residual=residual is not None)
+        run = kernel("conv_bias_act", x, shape)
         run(x, weight, bias, residual, relu, stride, z)
     return z
 

@@ -32,7 +32,7 @@ class Conv(NamedTuple):
     """The shape of a convolution: square filters, padded so that stride 1 keeps the size.
 
     ``pending``: the input still has its batch norm ahead of it. ``ieee``: float32, and TF32 may not stand for
-    it.
+    it. ``residual``: one is added to the output.
     """
 
     batch: int
@@ -46,6 +46,7 @@ class Conv(NamedTuple):
     groups: int = 1
     pending: bool = False
     ieee: bool = False
+    residual: bool = False
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
@@ -53,7 +54,8 @@ class Conv(NamedTuple):
         return self.batch, self.filters, height, width
 
     def __str__(self) -> str:
-        behind = " behind a norm" * self.pending + " without TF32" * self.ieee
+        behind = " behind a norm" * self.pending + " plus a residual" * self.residual
+        behind += " without TF32" * self.ieee
         return (
             f"{self.batch}x{self.channels}x{self.height}x{self.width}, {self.filters} filters "
             f"{self.side}x{self.side}/{self.stride}{behind}"
