@@ -17,11 +17,19 @@ README = Path(__file__).parents[1] / "README.md"
 LINE = "model = fusedres.ResNet18()  # was: torchvision.models.resnet18()\n"
 
 
+def snippets() -> dict[str, str]:
+    """The README's Python, by the names in the comments above each."""
+    text = README.read_text()
+    named = dict(re.findall(r"<!-- (\w+) -->\n```python\n(.*?)```", text, re.DOTALL))
+    assert len(named) == text.count("```python")
+    return named
+
+
 def script(model: str) -> str:
     """The README's training script with either model."""
-    found = re.search(r"<!-- swap -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert found is not None and LINE in found[1]
-    return found[1].replace(LINE, f"model = {model}\n")
+    found = snippets()["swap"]
+    assert LINE in found
+    return found.replace(LINE, f"model = {model}\n")
 
 
 def loader() -> Any:
@@ -58,9 +66,15 @@ def test_three_steps_of_a_training_script(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_every_other_snippet_of_the_readme_runs() -> None:
-    blocks = re.findall(r"(?<!<!-- swap -->\n)```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        names: dict[str, Any] = {}
-        exec(block, names)
-        assert names["z"].shape == names["x"].shape and names["bn"].running_mean.abs().sum() > 0
+    assert snippets().keys() == {"swap", "op", "inference"}
+    names: dict[str, Any] = {}
+    exec(snippets()["op"], names)
+    assert names["z"].shape == names["x"].shape and names["bn"].running_mean.abs().sum() > 0
+
+    names = {}
+    exec(snippets()["inference"], names)
+    with torch.no_grad():
+        expected = names["model"](names["images"])
+    for logits, allowed in ((names["logits"], 0.03), (names["logits_of_8_bits"], 0.15)):
+        assert logits.dtype == torch.float32
+        assert (logits - expected).norm() <= allowed * expected.norm()
