@@ -107,6 +107,23 @@ def activation(
     return b_x
 
 
+@triton.jit
+def without_prologue(b_v, b_exists, DIRECT: tl.constexpr):
+    """b_v, of which the columns that don't exist are 0 already.
+
+    Unless DIRECT they are made 0 again: with no arithmetic between load and product the compiler copies
+    right into the layout that the product reads, and where that is transposed, value by value or too late.
+    """
+    if not DIRECT:
+        b_v = tl.where(b_exists[None, :], b_v, 0.0).to(b_v.dtype)
+    return b_v
+
+
+def direct(arch: tuple[int, int], itemsize: int) -> bool:
+    """Whether the tensor cores transpose what lies in shared memory: wgmma and tcgen05, of two bytes."""
+    return arch[0] in (9, 10) and itemsize == 2
+
+
 def precision() -> str:
     """How float32 is multiplied: by tensor cores if PyTorch's convolutions may be."""
     return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"

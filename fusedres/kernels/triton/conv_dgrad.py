@@ -12,9 +12,17 @@ from torch import Tensor
 from fusedres.kernels.triton.bn_act_backward import bn_act_bwd_finalize_kernel
 from fusedres.kernels.triton.common import MEAN, input_gradient, load_row, normalise, relu_mask
 from fusedres.kernels.triton.config import arch_of, finalize
-from fusedres.kernels.triton.conv_common import VEC, check_sizes, dot, grouped, pixel, precision
+from fusedres.kernels.triton.conv_common import (
+    VEC,
+    check_sizes,
+    direct,
+    dot,
+    grouped,
+    pixel,
+    precision,
+    without_prologue,
+)
 from fusedres.kernels.triton.conv_config import ConvProblem, select
-from fusedres.kernels.triton.conv_wgrad import direct, without_prologue
 
 
 @triton.jit

@@ -14,7 +14,17 @@ from torch import Tensor
 from fusedres.kernels.triton import config
 from fusedres.kernels.triton.common import MEAN, OFFSET, SCALE, SHIFT, SLOPE, affine, load_row, locate, tile
 from fusedres.kernels.triton.config import REGISTERS_PER_SM, THREADS_PER_WARP
-from fusedres.kernels.triton.conv_common import VEC, advance, check_sizes, dot, grouped, pixel, precision
+from fusedres.kernels.triton.conv_common import (
+    VEC,
+    advance,
+    check_sizes,
+    direct,
+    dot,
+    grouped,
+    pixel,
+    precision,
+    without_prologue,
+)
 from fusedres.kernels.triton.conv_config import ConvConfig, ConvProblem, select
 
 
@@ -30,18 +40,6 @@ def padded_activation(b_x, b_scale, b_shift, b_there, RELU: tl.constexpr):
     if RELU:
         b_u = tl.maximum(b_u, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return b_u.to(b_x.dtype)
-
-
-@triton.jit
-def without_prologue(b_v, b_exists, DIRECT: tl.constexpr):
-    """b_v, of which the columns that don't exist are 0 already.
-
-    Unless DIRECT they are made 0 again: with no arithmetic between load and product the compiler copies
-    right into the layout that the product reads, and where that is transposed, value by value or too late.
-    """
-    if not DIRECT:
-        b_v = tl.where(b_exists[None, :], b_v, 0.0).to(b_v.dtype)
-    return b_v
 
 
 # partial[s, k, tap, c] = sum of dy[k] * a[c under the tap] over the output positions of split s,
@@ -176,11 +174,6 @@ def conv_wgrad_finalize_kernel(
     b_k, b_tap, b_c = pixel(b_v, TAPS, channels)
     b_out = b_k * to_k + b_c * to_c + b_tap // 3 * to_r + b_tap % 3 * to_s
     tl.store(dweight + b_out, tl.sum(b_sum, 0).to(dweight.dtype.element_ty), mask=b_v < values)
-
-
-def direct(arch: tuple[int, int], itemsize: int) -> bool:
-    """Whether the tensor cores transpose what lies in shared memory: wgmma and tcgen05, of two bytes."""
-    return arch[0] in (9, 10) and itemsize == 2
 
 
 # what a program costs beside its steps, in steps: until its first values are there, and its partial sums,
