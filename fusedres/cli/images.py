@@ -148,7 +148,10 @@ def find(path: Path, format: Format, option: str, classes: int | None = None) ->
     """
     if path.is_dir():
         require("PIL.Image", f"{option} with a folder", "pillow")
-        files, labels = _in_folder(path) if classes is None else _in_subfolders(path, option, classes)
+        try:
+            files, labels = _in_folder(path) if classes is None else _in_subfolders(path, option, classes)
+        except OSError as error:
+            raise CommandError(f"{option}: can't read {path}: {first_line(error)}", USAGE) from error
         if not files:
             raise CommandError(f"{option} {path} has no images ({' '.join(SUFFIXES)})", USAGE)
         return Images(path, files, labels, format)

@@ -26,9 +26,9 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         "predict",
         help="the most likely classes of images",
         description="Print the most likely classes of images. They are resized to\n"
-        f"{IMAGENET.shorter} px on the shorter side, cropped to {IMAGENET.size} px in the centre and "
-        "normalised as\nImageNet's. An image that can't be read is reported, the others are predicted, and the\n"
-        "status is 1.",
+        f"{IMAGENET.shorter} px on the shorter side, cropped to {IMAGENET.size} px in the centre and\n"
+        "normalised as ImageNet's. An image that can't be read is reported, the others are\n"
+        "predicted, and the status is 1.",
         example="fusedres predict cat.jpg dog.jpg --model resnet50 --weights DEFAULT --top 3",
     )
     parser.add_argument(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -247,17 +248,23 @@ def _bytes(net: nn.Module) -> int:
 
 
 def _write(args: argparse.Namespace, found: Report, net: OptimizedResNet) -> None:
-    try:
-        if args.out is not None:
-            exported = _exported(net, _format(args.model).size)
-            with files.atomic(args.out) as temporary:
-                temporary.write_bytes(exported)
-            found["file"] = {"path": str(args.out), "bytes": len(exported)}
-            print(f"wrote {args.out}, {_mib(len(exported))} MiB")
-        if args.json is not None:
+    if args.out is not None:
+        exported = _exported(net, _format(args.model).size)
+        with _writing(args.out), files.atomic(args.out) as temporary:
+            temporary.write_bytes(exported)
+        found["file"] = {"path": str(args.out), "bytes": len(exported)}
+        print(f"wrote {args.out}, {_mib(len(exported))} MiB")
+    if args.json is not None:
+        with _writing(args.json):
             report.write_json(found, args.json)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise CommandError(f"can't write: {first_line(error)}") from error
+        raise CommandError(f"can't write {path}: {first_line(error)}") from error
 
 
 def _exported(net: OptimizedResNet, size: int) -> bytes:
@@ -283,10 +290,11 @@ def render(found: Report) -> str:
         *report.aligned(_figures(found)),
         "",
         f"same prediction for {found['predictions']['agree']:,} of {_images(found['predictions'])}",
-        f"{chosen} of the {len(convolutions)} ran in 8 bits, which were fastest; the others in floating point",
+        f"{chosen} of {len(convolutions)} convolutions are faster in 8 bits here; "
+        "what isn't runs in floating point",
     ]
     if found["note"]:
-        lines[-1] = f"note: {found['note']}, so convolutions ran in floating point"
+        lines[-1] = f"note: {found['note']}, so convolutions run in floating point"
     return "\n".join([*lines, *(_layer_table(found["layers"]) if settings["layers"] else ())])
 
 
