@@ -179,6 +179,7 @@ def test_the_file_gives_the_same_predictions_without_fusedres(
     code = """
 import sys, torch
 sys.modules["fusedres"] = None
+torch.set_num_threads(1)
 given = torch.load("io.pt", weights_only=True)
 net = torch.export.load(sys.argv[1]).module()
 out = torch.cat([net(part) for part in given["x"].split([1, 7, 32])])
@@ -246,7 +247,7 @@ def test_without_fast_8_bits(quantize: Any, archive: Path, monkeypatch: pytest.M
 def test_trained_weights_on_the_test_images(depth: int, data: Path, tmp_path: Path) -> None:
     argv = ["quantize", "--model", f"resnet{depth}", "--checkpoint", data / WEIGHTS[depth]]
     argv += ["--calibration", data / "cifar10_train_first10k.npz", "--evaluate", data / "cifar10_test.npz"]
-    argv += ["--calibration-images", "256", "--batch", "1", "--json", tmp_path / "found.json"]
+    argv += ["--calibration-images", "256", *QUICK, "--json", tmp_path / "found.json"]
     assert main([str(arg) for arg in argv]) == 0
     predictions = json.loads((tmp_path / "found.json").read_text())["predictions"]
     assert predictions["images"] == 10_000
@@ -291,7 +292,7 @@ def test_the_first_images_are_taken(tmp_path: Path) -> None:
         (("--calibration", "a"), "--checkpoint --weights"),
         (("--calibration", "a", "--weights", "b", "--checkpoint", "c"), "not allowed with"),
         (("--model", "resnet21"), "resnet21"),
-        (("--device", "cuda"), "--device"),
+        (("--calibration", "a", "--checkpoint", "b", "--device", "cuda"), "--device"),
         (("--calibration-images", "0"), "at least 1, got '0'"),
         (("--batch", "0"), "at least 1, got '0'"),
         (("--dtype", "int8"), "int8"),

@@ -140,7 +140,8 @@ def _quantize(args: argparse.Namespace) -> tuple[Report, OptimizedResNet]:
 
     seen = [x for x, _ in calibration.batches(READ, "calibration")]
     before = fusedres.optimize_for_inference(model)
-    if not before(seen[0]).isfinite().all():
+    # both: a ReLU may turn NaN into 0
+    if not all(t.isfinite().all() for t in (*before.state_dict().values(), before(seen[0]))):
         raise CommandError(f"{args.checkpoint or args.weights} gives values that are not finite")
     after = fusedres.quantize_for_inference(model, seen, DTYPES.get(args.dtype))
     # on its first batch, so that what was measured for the layers is of its shape
