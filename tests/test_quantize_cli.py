@@ -243,6 +243,14 @@ def test_without_fast_8_bits(quantize: Any, archive: Path, monkeypatch: pytest.M
     assert "are faster in 8 bits" not in out
 
 
+def test_a_forced_backend(quantize: Any, refused: Any, archive: Path) -> None:
+    given = ("--calibration", archive, "--calibration-images", "4")
+    with fusedres.backend("reference"):
+        assert "note: FUSEDRES_BACKEND is reference, so convolutions run in floating" in quantize(*given)[0]
+    with fusedres.backend("cuda"):
+        assert "backend 'cuda' can't serve bn_act on cpu" in refused(*given, status=1)
+
+
 @pytest.mark.parametrize("depth", [20, 56])
 def test_trained_weights_on_the_test_images(depth: int, data: Path, tmp_path: Path) -> None:
     argv = ["quantize", "--model", f"resnet{depth}", "--checkpoint", data / WEIGHTS[depth]]
