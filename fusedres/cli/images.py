@@ -188,7 +188,7 @@ def _in_archive(path: Path, format: Format, option: str, classes: int | None) ->
         raise CommandError(f"{path} is no .npz that numpy reads: {first_line(error)}", USAGE) from error
     if missing:
         raise CommandError(f"{option} {path} has no array {missing[0]}", USAGE)
-    pixels, labels = found["images"], found.get("labels")
+    pixels = found["images"]
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or 0 in pixels.shape[1:]:
         raise CommandError(
             f"images of {path} must be uint8 [N, H, W, 3], got {pixels.dtype} {list(pixels.shape)}", USAGE
@@ -197,19 +197,18 @@ def _in_archive(path: Path, format: Format, option: str, classes: int | None) ->
         raise CommandError(f"{option} {path} has no images", USAGE)
     if pixels.shape[1:3] != (format.size,) * 2:
         require("PIL.Image", f"resizing the images of {path}", "pillow")
-    if labels is not None:
-        labels = _checked(labels, len(pixels), path, classes)
+    labels = None if classes is None else _checked(found["labels"], len(pixels), path, classes)
     return Images(path, pixels, labels, format)
 
 
-def _checked(labels: npt.NDArray[Any], images: int, path: Path, classes: int | None) -> npt.NDArray[np.int64]:
+def _checked(labels: npt.NDArray[Any], images: int, path: Path, classes: int) -> npt.NDArray[np.int64]:
     if labels.dtype.kind not in "iu" or labels.shape != (images,):
         raise CommandError(
             f"labels of {path} must be integers [{images}], got {labels.dtype} {list(labels.shape)}", USAGE
         )
-    if labels.min() < 0 or labels.max() >= (classes or 0):
+    if labels.min() < 0 or labels.max() >= classes:
         raise CommandError(
-            f"labels of {path} must be from 0 to {(classes or 0) - 1}, the net's classes, "
+            f"labels of {path} must be from 0 to {classes - 1}, the net's classes, "
             f"got {labels.min()} to {labels.max()}",
             USAGE,
         )
