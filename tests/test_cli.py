@@ -19,7 +19,7 @@ import fusedres
 from fusedres import plan
 from fusedres.cli import main
 
-COMMANDS = ("autotune", "bench", "info", "predict", "train")
+COMMANDS = ("autotune", "bench", "info", "predict", "quantize", "train")
 CLASSES = 7
 
 
@@ -224,7 +224,7 @@ def test_predict_prints_the_models_own_probabilities(
     (result,) = json.loads(capsys.readouterr().out)
     assert result["image"] == str(image)
 
-    from fusedres.cli.predict import preprocess
+    from fusedres.cli.images import preprocess
 
     model = fusedres.ResNet18(num_classes=CLASSES)
     model.load_state_dict(torch.load(checkpoint, weights_only=True))
@@ -268,7 +268,7 @@ def test_preprocessing_is_torchvisions(size: tuple[int, int], tmp_path: Path) ->
     Image = pytest.importorskip("PIL.Image")
     from torchvision.models import ResNet50_Weights
 
-    from fusedres.cli.predict import preprocess
+    from fusedres.cli.images import preprocess
 
     path = tmp_path / "image.png"
     pixels = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)

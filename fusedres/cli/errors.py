@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
 
 FAILED = 1  # the run failed
 USAGE = 2  # the command line can't be right
+_NO_MEMORY = ("allocate memory", "out of memory", "overflow")
 
 
 class CommandError(Exception):
@@ -34,3 +37,14 @@ def require(module: str, purpose: str, package: str | None = None) -> ModuleType
     except ImportError as error:
         name = package or module.partition(".")[0]
         raise CommandError(f"{purpose} needs {name}: pip install {name} ({first_line(error)})") from error
+
+
+@contextlib.contextmanager
+def out_of_memory(remedy: str) -> Iterator[None]:
+    """Say what to try when memory runs out in the block."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not any(sign in str(error) for sign in _NO_MEMORY):
+            raise
+        raise CommandError(f"out of memory, try {remedy}: {first_line(error)}") from error

@@ -52,6 +52,16 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)}
 
 
+def facts(device: torch.device) -> dict[str, Any]:
+    """What a measurement on ``device`` depends on."""
+    return {
+        "device_name": device_name(device),
+        "cpu_name": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "environment": environment(),
+    }
+
+
 def compiled_module() -> dict[str, Any]:
     """What ``fusedres._C`` was built with, or why it can't be loaded."""
     try:

@@ -17,7 +17,7 @@ from fusedres.cli.bench.check import Observed
 from fusedres.cli.bench.report import Report
 from fusedres.cli.bench.sides import COMPILE, Side
 from fusedres.cli.bench.workload import Workload
-from fusedres.cli.errors import USAGE, CommandError, first_line, require
+from fusedres.cli.errors import USAGE, CommandError, first_line, out_of_memory, require
 from fusedres.cli.options import DTYPES, LAYOUTS, MODELS, Commands, add_command, at_least
 
 BATCH = {"cpu": 16, "cuda": 128}
@@ -27,7 +27,6 @@ INFERENCE_ROUNDS = {"cpu": 20, "cuda": 100}
 INFERENCE_IMAGES = 120
 WARMUP = {"cpu": 2, "cuda": 10}
 _STRIDE = 32  # of the whole net
-_NO_MEMORY = ("allocate memory", "out of memory", "overflow")
 
 
 def add_parser(commands: Commands) -> argparse.ArgumentParser:
@@ -117,13 +116,8 @@ def run(args: argparse.Namespace) -> int:
     for name, defaults in (("batch", BATCH), ("warmup", WARMUP)):
         setattr(args, name, getattr(args, name) or defaults[device.type])
     _check_settings(args, device)
-    with options.threads(args.threads):
-        try:
-            measured = _bench(args, device)
-        except (RuntimeError, MemoryError) as error:
-            if not any(sign in str(error) for sign in _NO_MEMORY):
-                raise
-            raise CommandError(f"out of memory, try a smaller --batch: {first_line(error)}") from error
+    with options.threads(args.threads), out_of_memory("a smaller --batch"):
+        measured = _bench(args, device)
     print(report.table(measured))
     if args.json:
         report.write_json(measured, args.json)
@@ -182,12 +176,7 @@ def _bench(args: argparse.Namespace, device: torch.device) -> Report:
         "command": args.command_line,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": machine.versions(),
-        "machine": {
-            "device_name": machine.device_name(device),
-            "cpu_name": machine.cpu_name(),
-            "threads": torch.get_num_threads(),
-            "environment": machine.environment(),
-        },
+        "machine": machine.facts(device),
         "settings": {
             "model": args.model,
             "batch": args.batch,

@@ -94,7 +94,7 @@ def _figures(entry: Report) -> list[str]:
     rows = [(TITLES[entry["mode"]], *columns)]
     for name, figures in entry["implementations"].items():
         rows.append((name, *(show(figures) for show in columns.values())))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _optional(key: str, show: Callable[[Any], str]) -> Column:
@@ -134,7 +134,7 @@ def _breakdown(entry: Report) -> list[str]:
         if any(values):
             rows.append((category, *(f"{value:.1f}" if value else _ABSENT for value in values)))
     return [
-        *_aligned(rows),
+        *aligned(rows),
         *_shares(entry),
         f"ceiling: {entry['ceiling']:.2f}x eager, if batch norm, ReLU and add cost nothing",
         *(f"note: {note}" for note in entry["notes"]),
@@ -151,7 +151,7 @@ def _shares(entry: Report) -> list[str]:
     return [f"share of convolution time in one pass with bias, add and ReLU: {shares}"]
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """The first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
