@@ -15,6 +15,7 @@ import fusedres
 from fusedres import kernels, plan
 from fusedres.cli import main
 from fusedres.cli.bench import breakdown, check, eager, measure, workload
+from fusedres.cli.errors import CommandError, writing
 from fusedres.cli.options import DTYPES
 
 CPU = torch.device("cpu")
@@ -335,3 +336,10 @@ def test_a_plot(tmp_path: Path) -> None:
         assert main([*TINY, "--plot", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG\r\n")
     assert [file.name for file in tmp_path.iterdir()] == ["out.png"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    message = r"can't write out\.json: .*No space left"
+    with pytest.raises(CommandError, match=message), writing(Path("out.json")):
+        Path("/dev/full").write_text("x")

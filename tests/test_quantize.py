@@ -243,5 +243,9 @@ def test_calibration_that_is_refused(model, given, message):
 def test_models_that_are_refused(model, calibration):
     with pytest.raises(ValueError, match="eval mode"):
         fusedres.quantize_for_inference(copy.deepcopy(model).train(), calibration)
+    broken = copy.deepcopy(model)
+    broken.layer3[0].conv1.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="model gives values that are not finite"):
+        fusedres.quantize_for_inference(broken, calibration)
     with pytest.raises(TypeError, match="a ResNet of"):
         fusedres.quantize_for_inference(nn.Sequential().eval(), calibration)

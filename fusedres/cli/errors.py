@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 FAILED = 1  # the run failed
@@ -48,3 +49,12 @@ def out_of_memory(remedy: str) -> Iterator[None]:
         if not any(sign in str(error) for sign in _NO_MEMORY):
             raise
         raise CommandError(f"out of memory, try {remedy}: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, what keeps ``path`` from being written becomes a message."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"can't write {path}: {first_line(error)}") from error

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from fusedres import ops
 from fusedres.cli import checkpoints, images, machine, options
 from fusedres.cli.bench import measure, report
 from fusedres.cli.checkpoints import CIFAR_DEPTHS
-from fusedres.cli.errors import USAGE, CommandError, first_line, out_of_memory
+from fusedres.cli.errors import USAGE, CommandError, out_of_memory, writing
 from fusedres.cli.images import CIFAR, IMAGENET, SUFFIXES, Images
 from fusedres.cli.options import DTYPES, MODELS, Commands, add_command, at_least
 from fusedres.inference import OptimizedResNet, onednn
@@ -258,21 +257,13 @@ def _bytes(net: nn.Module) -> int:
 def _write(args: argparse.Namespace, found: Report, net: OptimizedResNet) -> None:
     if args.out is not None:
         exported = _exported(net, _format(args.model).size)
-        with _writing(args.out), files.atomic(args.out) as temporary:
+        with writing(args.out), files.atomic(args.out) as temporary:
             temporary.write_bytes(exported)
         found["file"] = {"path": str(args.out), "bytes": len(exported)}
         print(f"wrote {args.out}, {_mib(len(exported))} MiB")
     if args.json is not None:
-        with _writing(args.json):
+        with writing(args.json):
             report.write_json(found, args.json)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CommandError(f"can't write {path}: {first_line(error)}") from error
 
 
 def _exported(net: OptimizedResNet, size: int) -> bytes:

@@ -87,8 +87,8 @@ def quantize_for_inference(
         its input.
 
     Raises:
-        ValueError: as :func:`optimize_for_inference`; no calibration images, or with values that are not
-            finite.
+        ValueError: as :func:`optimize_for_inference`; no calibration images; values that are not finite, in
+            them or in what the model makes of them.
         TypeError: another architecture.
     """
     _check(model, dtype, False)

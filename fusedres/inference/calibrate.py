@@ -5,6 +5,7 @@ Jacob et al. 2018, section 2; the steps are those that lose least on the inputs.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -32,8 +33,10 @@ class Range:
         self.counts = torch.zeros(_BINS, dtype=torch.float64)
 
     def see(self, x: Tensor) -> None:
-        self.low = min(self.low, x.min().item())
-        self.high = max(self.high, x.max().item())
+        low, high = (value.item() for value in x.aminmax())
+        if not math.isfinite(high - low):
+            raise ValueError("model gives values that are not finite on the calibration images")
+        self.low, self.high = min(self.low, low), max(self.high, high)
 
     def count(self, x: Tensor) -> None:
         self.counts += torch.histc(x.float(), _BINS, self.low, self.high).double()

@@ -17,7 +17,7 @@ from fusedres.cli.bench.check import Observed
 from fusedres.cli.bench.report import Report
 from fusedres.cli.bench.sides import COMPILE, Side
 from fusedres.cli.bench.workload import Workload
-from fusedres.cli.errors import USAGE, CommandError, first_line, out_of_memory, require
+from fusedres.cli.errors import USAGE, CommandError, first_line, out_of_memory, require, writing
 from fusedres.cli.options import DTYPES, LAYOUTS, MODELS, Commands, add_command, at_least
 
 BATCH = {"cpu": 16, "cuda": 128}
@@ -120,9 +120,11 @@ def run(args: argparse.Namespace) -> int:
         measured = _bench(args, device)
     print(report.table(measured))
     if args.json:
-        report.write_json(measured, args.json)
+        with writing(args.json):
+            report.write_json(measured, args.json)
     if args.plot:
-        plot.write(measured, args.plot)
+        with writing(args.plot):
+            plot.write(measured, args.plot)
     return 0
 
 
