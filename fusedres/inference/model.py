@@ -108,7 +108,10 @@ class OptimizedResNet(nn.Module):
         if torch.compiler.is_compiling():
             return self.net(x.to(self.dtype)).to(x.dtype)  # type: ignore[no-any-return]
         self._check(x)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x)
+        with torch.no_grad():
             size = self._part(x)
             out = [self._run(part) for part in (torch.split(x, size) if x.shape[0] > size else (x,))]
             return (out[0] if len(out) == 1 else torch.cat(out)).to(x.dtype)

@@ -19,6 +19,11 @@ _PACKED = ("onednn", "one pass, the weight packed for this shape")
 _reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # type: ignore[attr-defined,unused-ignore]
 
 
+def _direct(op: Any) -> Any:
+    """X."""
+    return getattr(op, "_op", op)
+
+
 def unavailable(dtype: torch.dtype) -> str | None:
     """Why oneDNN has no fast convolutions of a dtype on this CPU; None if it has."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -90,11 +95,11 @@ def bind_conv(layer: ConvBiasAct, x: Tensor, packs: Packs, *, residual: bool, re
     sizes = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
     packed = (packs.of(layer, x), bias, *sizes)
     if not residual:
-        conv = _OPS._convolution_pointwise.default
+        conv = _direct(_OPS._convolution_pointwise.default)
         return Bound(conv, (*packed, "relu" if layer.relu else "none", [], ""), *_PACKED)
     added: tuple[Any, ...] = (*packed, "add", 1.0, "relu" if layer.relu else None, [], "")
     if reuse:
-        add_to = _OPS._convolution_pointwise_.binary
+        add_to = _direct(_OPS._convolution_pointwise_.binary)
         return Bound(lambda x, residual, *constants: add_to(residual, x, *constants), added, *_PACKED)
     return Bound(_OPS._convolution_pointwise.binary, added, *_PACKED)
 
@@ -132,10 +137,10 @@ def _quantized(layer: QuantizedConv, x: Tensor, packs: Packs, *, residual: bool,
     given = (step, zero, weight, layer.weight_step, zeros)
     out = (layer.out.step, layer.out.zero, torch.uint8)
     if not residual or layer.residual is None:
-        conv = _QUANTIZED.qconv2d_pointwise.default
+        conv = _direct(_QUANTIZED.qconv2d_pointwise.default)
         act = "relu" if layer.relu else "none"
         return Bound(conv, (*given, layer.bias, *sizes, *out, act, [], ""), *_PACKED)
-    add_to = _QUANTIZED.qconv2d_pointwise.binary
+    add_to = _direct(_QUANTIZED.qconv2d_pointwise.binary)
     added: tuple[Any, ...] = (
         layer.bias,
         *sizes,
