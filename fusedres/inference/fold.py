@@ -66,7 +66,7 @@ def fold(model: nn.Module) -> fx.GraphModule:
     Raises:
         ValueError: a hook would not be called, a batch norm has no running statistics or doesn't follow a
             convolution; names the module.
-        TypeError: the model can't be traced; says why.
+        TypeError: the model can't be traced, or has no nn.Conv2d; says why.
     """
     for name, module in model.named_modules():
         why = altered(module)
@@ -85,6 +85,8 @@ def fold(model: nn.Module) -> fx.GraphModule:
     modules = dict(traced.named_modules())
     _drop_nothings(graph, modules)
     _fold_all(traced, graph, modules)
+    if not any(isinstance(module, ConvBiasAct) for module in traced.modules()):
+        raise TypeError("model must have convolutions that are nn.Conv2d, got none")
     for node in graph.nodes:
         if node.op == "call_module":
             norm = modules[node.target]

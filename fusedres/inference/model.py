@@ -138,11 +138,14 @@ class OptimizedResNet(nn.Module):
         if program is not None:
             return program(x)
         with self._lock:
-            program, first = Program.made(self.net, x, self._packs)
-            self._programs[key] = graph.Captured(program, x) if key[-1] else program
-            if len(self._programs) > PROGRAMS:
-                del self._programs[next(iter(self._programs))]  # the oldest
-        return first
+            program = self._programs.get(key)
+            if program is None:  # no other thread has made it meanwhile
+                program, first = Program.made(self.net, x, self._packs)
+                self._programs[key] = graph.Captured(program, x) if key[-1] else program
+                if len(self._programs) > PROGRAMS:
+                    del self._programs[next(iter(self._programs))]  # the oldest
+                return first
+        return program(x)
 
     def _check(self, x: Any) -> None:
         if not isinstance(x, Tensor):
