@@ -12,6 +12,9 @@ EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/emulatio
 BUILD := CMakeLists.txt setup.py pyproject.toml $(CPP)
 HAS_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10))
 
+# tests run in a process for each core: threads of one would wait for those of another
+PARALLEL := OMP_NUM_THREADS=1
+
 # what runs in Triton's interpreter, and what compiles for every architecture
 CONVS := tests/test_conv_fwd.py tests/test_conv_bias_act.py tests/test_conv_dgrad.py tests/test_conv_wgrad.py tests/test_stem_conv.py
 INTERPRETED := tests/test_gpu_kernels.py $(CONVS) tests/test_conv_bn_act.py tests/test_stem.py tests/test_traffic.py \
@@ -32,7 +35,7 @@ test: lint test-main test-interpreted test-emulated test-core
 # three training steps instead of one, also in the interpreter
 test-full: test
 	$(BIN)/python -m pytest tests -m full
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_training_step.py -m full
+	$(PARALLEL) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/test_training_step.py -m full
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -41,11 +44,11 @@ lint: .venv/ready
 	$(BIN)/clang-format --dry-run -Werror $(CPP) $(EMULATION)
 
 test-main: .venv/ready
-	$(BIN)/python -m pytest tests --durations=10
+	$(PARALLEL) $(BIN)/python -m pytest -n auto --dist loadgroup tests --durations=10
 
 # the Triton kernels on a CPU, in Triton's interpreter
 test-interpreted: .venv/ready
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(INTERPRETED) tests/test_training_step.py
+	$(PARALLEL) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(INTERPRETED) tests/test_training_step.py
 
 # the CUDA kernels on a CPU, compiled by g++ with sanitizers over an emulation of the execution model
 test-emulated: .venv/ready
@@ -56,7 +59,7 @@ test-emulated: .venv/ready
 
 # a plain install without nvcc, Triton and torchvision, on another PyTorch
 test-core: .venv-core/ready
-	$(CORE_BIN)/python -m pytest tests --durations=5 --ignore tests/test_cuda_codegen.py
+	$(PARALLEL) $(CORE_BIN)/python -m pytest -n auto --dist loadgroup tests --durations=5 --ignore tests/test_cuda_codegen.py
 
 # every configuration of every kernel for every architecture
 codegen: .venv/ready
@@ -87,7 +90,7 @@ clean:
 
 .venv-core/torch:
 	$(PYTHON) -m venv .venv-core
-	$(CORE_BIN)/python $(PIP) $(CORE_TORCH) pytest pytest-benchmark pillow
+	$(CORE_BIN)/python $(PIP) $(CORE_TORCH) pytest pytest-benchmark pytest-xdist pillow
 	touch $@
 
 .venv-core/ready: .venv-core/torch $(BUILD) $(wildcard fusedres/*.py fusedres/*/*.py fusedres/*/*/*.py)

@@ -29,10 +29,12 @@ def inference(check: Check) -> None:
     batches = (2, 1) if check.tiny else (256 if _is_large(device) else 64, 1)
     workload.prepare(model, torch.randn(8, 3, size, size, device=device))
     model.eval()
+    ours = getattr(fusedres, net)().to(device).eval()
+    ours.load_state_dict(model.state_dict())
     for batch in batches:
         images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
         facts = {"model": net, "batch": batch, "dtype": str(dtype).removeprefix("torch."), "eager": origin}
-        _measure(check, model, images, dtype, facts)
+        _measure(check, model, ours, images, dtype, facts)
     for key, measured in plan.MEASURED.items():
         if key.op == "conv_bias_act":
             check.record("choice", conv=list(key.conv), dtype=key.dtype, best=measured.best, us=measured.us)
@@ -43,7 +45,9 @@ def _is_large(device: torch.device) -> bool:
 
 
 @torch.inference_mode()
-def _measure(check: Check, model: nn.Module, images: Tensor, dtype: torch.dtype, facts: Record) -> None:
+def _measure(
+    check: Check, model: nn.Module, ours: nn.Module, images: Tensor, dtype: torch.dtype, facts: Record
+) -> None:
     converted = copy.deepcopy(model).to(dtype).to(memory_format=torch.channels_last)
     expected = copy.deepcopy(model).double()(images[:8].double())
     given = images.to(dtype)
@@ -56,8 +60,8 @@ def _measure(check: Check, model: nn.Module, images: Tensor, dtype: torch.dtype,
             )
             continue
         try:
-            steps[name] = _side(model, given, dtype, name)
-            error = _error(_side_logits(model, given[:8], dtype, name), expected)
+            steps[name] = _side(ours, given, dtype, name)
+            error = _error(_side_logits(ours, given[:8], dtype, name), expected)
         except Exception as failure:
             check.record("first call", ok=False, implementation=name, error=str(failure).strip()[:300])
             continue

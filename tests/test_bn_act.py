@@ -68,7 +68,12 @@ def test_mean_far_from_zero(implementation, layout):
 def test_first_value_an_outlier(implementation):
     case = Case((4, 24, 20, 11), torch.float32, "channels_last", residual=False)
     case.x[0, :, 0, 0] = 1e4
-    case.check()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)  # PyTorch's own error, which is the measure, depends on it
+        case.check()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_zero_gamma_and_no_affine(implementation):

@@ -19,6 +19,7 @@ import torch
 from gpu_check_run import Part, Results, run_parts
 
 BENCHMARKS = Path(gpu_check.__file__).parent
+pytestmark = pytest.mark.xdist_group("gpu_check")  # one process, for one run of everything
 
 
 @pytest.fixture(scope="module")
