@@ -108,18 +108,19 @@ STAGED = {
 }
 
 # in the order of preference: wide tiles first, narrow ones for few columns
+_FORWARD = (
+    ConvConfig(128, 128, 64, num_warps=8, num_stages=3, programs_per_sm=2),
+    ConvConfig(128, 128, 64, num_warps=8, num_stages=3),
+    ConvConfig(128, 128, 32, num_warps=8, num_stages=3),
+    ConvConfig(128, 64, 64, num_warps=8, num_stages=3, programs_per_sm=2),
+    ConvConfig(128, 64, 64, num_warps=8, num_stages=3),
+    ConvConfig(128, 64, 32, num_warps=8, num_stages=3),
+    # for autotune to try: fewer reads of the other operand, fewer programs at once
+    ConvConfig(128, 256, 64, num_warps=8, num_stages=3),
+    ConvConfig(256, 64, 32, num_warps=8, num_stages=3, programs_per_sm=2),
+)
 CONFIGS: dict[str, tuple[ConvConfig, ...]] = {
-    "conv_fwd": (
-        ConvConfig(128, 128, 64, num_warps=8, num_stages=3, programs_per_sm=2),
-        ConvConfig(128, 128, 64, num_warps=8, num_stages=3),
-        ConvConfig(128, 128, 32, num_warps=8, num_stages=3),
-        ConvConfig(128, 64, 64, num_warps=8, num_stages=3, programs_per_sm=2),
-        ConvConfig(128, 64, 64, num_warps=8, num_stages=3),
-        ConvConfig(128, 64, 32, num_warps=8, num_stages=3),
-        # for autotune to try: fewer reads of the other operand, fewer programs at once
-        ConvConfig(128, 256, 64, num_warps=8, num_stages=3),
-        ConvConfig(256, 64, 32, num_warps=8, num_stages=3, programs_per_sm=2),
-    ),
+    "conv_fwd": _FORWARD,
     "conv_fwd_residual": (
         ConvConfig(128, 128, 32, num_warps=8, num_stages=3, programs_per_sm=2),
         ConvConfig(128, 128, 32, num_warps=8, num_stages=3),
@@ -128,17 +129,7 @@ CONFIGS: dict[str, tuple[ConvConfig, ...]] = {
         ConvConfig(128, 64, 32, num_warps=8, num_stages=2),
         ConvConfig(128, 256, 32, num_warps=8, num_stages=3),
     ),
-    "conv_bias_act": (
-        ConvConfig(128, 128, 64, num_warps=8, num_stages=3, programs_per_sm=2),
-        ConvConfig(128, 128, 64, num_warps=8, num_stages=3),
-        ConvConfig(128, 128, 32, num_warps=8, num_stages=3),
-        ConvConfig(128, 64, 64, num_warps=8, num_stages=3, programs_per_sm=2),
-        ConvConfig(128, 64, 64, num_warps=8, num_stages=3),
-        ConvConfig(128, 64, 32, num_warps=8, num_stages=3),
-        # for autotune to try: fewer reads of the other operand, fewer programs at once
-        ConvConfig(128, 256, 64, num_warps=8, num_stages=3),
-        ConvConfig(256, 64, 32, num_warps=8, num_stages=3, programs_per_sm=2),
-    ),
+    "conv_bias_act": _FORWARD,
     "conv_dgrad": (
         ConvConfig(64, 128, 64, num_warps=4, num_stages=3, programs_per_sm=2),
         ConvConfig(128, 128, 64, num_warps=8, num_stages=3),
