@@ -44,12 +44,15 @@ class Quantize(nn.Module):
 class Dequantize(Quantize):
     """[N, C, H, W], 8 bits -> the same in floating point."""
 
+    like: Tensor
+
     def __init__(self, scale: Scale, dtype: torch.dtype) -> None:
         super().__init__(scale)
-        self.dtype = dtype
+        # of the dtype that comes out: follows the model to another, as the layers behind it do
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale.dequantize(x).to(self.dtype)
+        return self.scale.dequantize(x).to(self.like.dtype)
 
 
 class QuantizedConv(nn.Module):
