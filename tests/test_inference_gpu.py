@@ -93,6 +93,25 @@ def test_a_graph_for_each_shape(graphs):
             torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_graphs_are_bounded(graphs, monkeypatch):
+    monkeypatch.setattr("fusedres.inference.model.GRAPHS", 2)
+    optimised = fusedres.optimize_for_inference(seasoned(fusedres.CifarResNet(8)), cuda_graph=True)
+    for n in (1, 2, 1, 3, 1):
+        optimised(torch.randn(n, 3, 16, 16))
+    assert [shape[0] for shape, *_ in optimised._programs] == [3, 1]
+    assert len(graphs) == 3
+
+
+def test_programs_share_what_is_made_of_weights():
+    """However many shapes are kept."""
+    optimised = fusedres.optimize_for_inference(seasoned(fusedres.CifarResNet(8)))
+    with fusedres.backend("cuda"):  # on a CPU: the ways that a GPU would take, by PyTorch's operators
+        optimised(torch.randn(1, 3, 16, 16))
+        made = set(map(id, optimised._prepared._made.values()))
+        optimised(torch.randn(2, 3, 16, 16))
+    assert made and set(map(id, optimised._prepared._made.values())) == made
+
+
 def test_threads_take_turns_on_a_graph(graphs):
     model = seasoned(fusedres.CifarResNet(8))
     optimised = fusedres.optimize_for_inference(

@@ -17,6 +17,7 @@ from fusedres.inference import onednn
 from fusedres.inference.bound import Bound
 from fusedres.inference.calibrate import Range
 from fusedres.inference.layers import ConvBiasAct
+from fusedres.inference.prepared import Prepared
 from fusedres.inference.program import Program
 from fusedres.inference.quantized import LEVELS, Dequantize, Quantize, QuantizedConv, Scale
 
@@ -49,8 +50,8 @@ def test_a_convolution(settings, residual, zeros, way, monkeypatch):
     layer = QuantizedConv(plain, scales[0], scales[1] if residual else None, scales[2])
     expected = layer(x)
     given = (x, levels(*expected.shape)) if residual else (x,)
-    packs = onednn.Packs()
-    bound = onednn.quantized_candidates(layer, x, packs, residual=residual, reuse=False)[way]
+    prepared = Prepared()
+    bound = onednn.quantized_candidates(layer, x, prepared, residual=residual, reuse=False)[way]
     kept = [t.clone() for t in given]
     out = bound.run(*given, *bound.constants)
     assert all(torch.equal(a, b) for a, b in zip(given, kept, strict=True))
@@ -166,7 +167,7 @@ def test_the_faster_way_is_taken(model):
         time.sleep(0.01)
         return x
 
-    program = Program(torch.fx.symbolic_trace(nn.Identity()), onednn.Packs())
+    program = Program(torch.fx.symbolic_trace(nn.Identity()), Prepared())
     ways = {"slow": Bound(slow), "fast": Bound(torch.neg)}
     assert program._fastest("layer", ways, [torch.ones(3)]).run is torch.neg
     assert program.measured["layer"]["slow"] > 10 > program.measured["layer"]["fast"]
@@ -210,6 +211,8 @@ def test_copies_and_moves(model, calibration):
     with pytest.raises(RuntimeError, match="layer1"):
         again.load_state_dict(model.state_dict())
     half = copy.deepcopy(quantised).to(torch.bfloat16)
+    assert (half(calibration) - expected).norm() < 0.1 * expected.norm()
+    assert torch.equal(half.to(torch.float32)(calibration), half(calibration))
     for m in half.modules():
         if isinstance(m, QuantizedConv):
             assert m.weight.dtype == torch.int8 and m.bias.dtype == m.weight_step.dtype == torch.float32

@@ -13,15 +13,16 @@ from fusedres import autotune, ops
 from fusedres.inference.bound import Bound
 from fusedres.inference.layers import ConvBiasAct, Stem
 from fusedres.inference.pool import pool
+from fusedres.inference.prepared import Prepared
 
 _OPS: Any = torch.ops.fusedres
 _ATEN: Any = torch.ops.aten
 _STEM = {"stride": (2, 2), "padding": (3, 3), "dilation": (1, 1), "groups": 1}
 
 
-def bind_conv(layer: ConvBiasAct, x: Tensor, residual: Tensor | None) -> Bound:
+def bind_conv(layer: ConvBiasAct, x: Tensor, residual: Tensor | None, prepared: Prepared) -> Bound:
     """``layer`` on inputs of ``x``'s shape."""
-    kernel, library = _kernel(layer), _library(layer, residual is not None)
+    kernel, library = _kernel(layer, prepared), _library(layer, residual is not None, prepared)
     if kernel is None:
         return library._replace(reason="no kernel of ours for its padding, dilation, groups or stride")
     tensors = (x,) if residual is None else (x, residual)
@@ -35,12 +36,12 @@ def bind_conv(layer: ConvBiasAct, x: Tensor, residual: Tensor | None) -> Bound:
     return bound._replace(reason=_reason("conv_bias_act", x, conv))
 
 
-def bind_stem(layer: Stem, x: Tensor) -> Bound:
+def bind_stem(layer: Stem, x: Tensor, prepared: Prepared) -> Bound:
     """Likewise; a bias waits for the pass over the convolution's output that finds the maxima."""
-    weight, bias = _channels_last(layer), _float32(layer.bias)
+    weight, bias = _channels_last(layer, prepared), _float32_bias(layer, prepared)
     fits = all(getattr(layer, name) == value for name, value in _STEM.items())
     if not fits or tuple(weight.shape[1:]) != (3, 7, 7):
-        bound = bind_conv(layer, x, None)
+        bound = bind_conv(layer, x, None, prepared)
         return bound._replace(run=lambda x, *constants: pool(bound.run(x, *constants), None))
 
     def conv(x: Tensor, fused: bool) -> Tensor:
@@ -62,7 +63,7 @@ def _reason(op: str, x: Tensor, conv: Any) -> str:
     return ops.choice(op, x.device, x.dtype, ops.forced_backend(), conv).reason
 
 
-def _kernel(layer: ConvBiasAct) -> Bound | None:
+def _kernel(layer: ConvBiasAct, prepared: Prepared) -> Bound | None:
     """Our kernel for a layer; None for a shape that it isn't made for."""
     side, stride = layer.weight.shape[2], layer.stride[0]
     if (
@@ -74,7 +75,8 @@ def _kernel(layer: ConvBiasAct) -> Bound | None:
         or layer.groups != 1
     ):
         return None
-    weight, bias, op = _channels_last(layer), _float32(layer.bias), _OPS.conv_bias_act.default
+    weight, bias = _channels_last(layer, prepared), _float32_bias(layer, prepared)
+    op = _OPS.conv_bias_act.default
 
     def run(x: Tensor, *residual: Tensor) -> Tensor:
         return op(x, weight, bias, residual[0] if residual else None, layer.relu, stride)  # type: ignore[no-any-return]
@@ -82,22 +84,35 @@ def _kernel(layer: ConvBiasAct) -> Bound | None:
     return Bound(run, (), "triton")
 
 
-def _library(layer: ConvBiasAct, residual: bool) -> Bound:
+def _library(layer: ConvBiasAct, residual: bool, prepared: Prepared) -> Bound:
     """cuDNN's convolution with as much behind it as cuDNN has; it has no addition without a ReLU."""
-    weight = _channels_last(layer)
-    if not layer.relu or not weight.is_cuda or weight.dtype == torch.float64:
-        return Bound(layer)
+    weight = _channels_last(layer, prepared)
     bias = None if layer.bias is None else layer.bias.detach()
-    sizes = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    if residual:
-        add_relu = _ATEN.cudnn_convolution_add_relu.default
-        return Bound(lambda x, residual: add_relu(x, weight, residual, 1.0, bias, *sizes), (), "cudnn")
-    return Bound(_ATEN.cudnn_convolution_relu.default, (weight, bias, *sizes), "cudnn")
+    sizes: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    if layer.relu and weight.is_cuda and weight.dtype != torch.float64:
+        if residual:
+            add_relu = _ATEN.cudnn_convolution_add_relu.default
+            return Bound(lambda x, residual: add_relu(x, weight, residual, 1.0, bias, *sizes), (), "cudnn")
+        return Bound(_ATEN.cudnn_convolution_relu.default, (weight, bias, *sizes), "cudnn")
+
+    def run(x: Tensor, *residual: Tensor) -> Tensor:
+        y = F.conv2d(x, weight, bias, *sizes)
+        for r in residual:
+            y = y + r
+        return y.relu() if layer.relu else y
+
+    return Bound(run)
 
 
-def _channels_last(layer: ConvBiasAct) -> Tensor:
-    return layer.weight.detach().contiguous(memory_format=torch.channels_last)
+def _channels_last(layer: ConvBiasAct, prepared: Prepared) -> Tensor:
+    """The weight as GPU kernels read it; PyTorch would copy it in every call."""
+    return prepared.of(
+        layer,
+        torch.channels_last,
+        lambda: layer.weight.detach().contiguous(memory_format=torch.channels_last),
+    )
 
 
-def _float32(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.detach().float()
+def _float32_bias(layer: ConvBiasAct, prepared: Prepared) -> Tensor | None:
+    bias = layer.bias
+    return None if bias is None else prepared.of(layer, torch.float32, lambda: bias.detach().float())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,15 +14,16 @@ from torch import Tensor, fx, nn
 from fusedres import ops
 from fusedres.inference import graph
 from fusedres.inference.layers import ConvBiasAct
-from fusedres.inference.onednn import Packs
+from fusedres.inference.prepared import Prepared
 from fusedres.inference.program import Choice, Program
 
 # On a CPU a batch goes through the net in parts whose largest activation has so many bytes a thread: a part
 # stays in the caches from one layer to the next, and in memory that the allocator keeps. From ResNet-50 in
-# float32 and bfloat16 on two cores, where parts of half and twice the size were as fast within 4%.
+# float32 and bfloat16 on two cores, where parts of three quarters to three times the size were as fast within
+# 4%, and much smaller ones slower.
 PART_BYTES_PER_THREAD = 8 << 20
-# shapes that programs are kept for
-PROGRAMS = 64
+# shapes that programs are kept for, and CUDA graphs, whose activations stay allocated
+PROGRAMS, GRAPHS = 64, 8
 
 
 class OptimizedResNet(nn.Module):
@@ -55,9 +57,11 @@ class OptimizedResNet(nn.Module):
 
     def _forget(self) -> None:
         """Drop what was made of the parameters."""
-        self._lock = threading.Lock()
-        self._programs: dict[Any, Program | graph.Captured] = {}
-        self._packs = Packs()
+        # one for making programs, one for the list of them
+        self._making, self._listing = threading.Lock(), threading.Lock()
+        # by shape, backend and whether it is a graph; the last used at the end
+        self._programs: OrderedDict[Any, Program | graph.Captured] = OrderedDict()
+        self._prepared = Prepared()
         self._parameters_made_of = [*self.net.parameters(), *self.net.buffers()]
         self._version = self._parameters_version()
         stem = next(m for m in self.net.modules() if isinstance(m, ConvBiasAct))
@@ -69,7 +73,7 @@ class OptimizedResNet(nn.Module):
         return sum(p._version for p in self._parameters_made_of)
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("_lock", "_programs", "_packs", "_parameters_made_of")
+        made = ("_making", "_listing", "_programs", "_prepared", "_parameters_made_of")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -99,7 +103,8 @@ class OptimizedResNet(nn.Module):
             part = x[: self._part(x)]
             self(part)
             part = part.to(self.dtype)
-        return self._programs[self._key(part)].choices
+        found = self._found(self._key(part))
+        return [] if found is None else found.choices
 
     def _key(self, x: Tensor) -> tuple[Any, ...]:
         return x.shape, ops.forced_backend(), graph.pays(x, self.cuda_graph)
@@ -122,11 +127,9 @@ class OptimizedResNet(nn.Module):
 
         The fastest was chosen. A large batch goes through the net in parts: the shapes are theirs.
         """
-        return {
-            shape: program.measured
-            for (shape, *_), program in self._programs.items()
-            if isinstance(program, Program)
-        }
+        with self._listing:
+            programs = list(self._programs.items())
+        return {shape: made.measured for (shape, *_), made in programs if isinstance(made, Program)}
 
     def _run(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype, memory_format=torch.channels_last)
@@ -134,18 +137,31 @@ class OptimizedResNet(nn.Module):
         if version != self._version:
             self._forget()
         key = self._key(x)
-        program = self._programs.get(key)
+        program = self._found(key)
         if program is not None:
             return program(x)
-        with self._lock:
-            program = self._programs.get(key)
+        with self._making:
+            program = self._found(key)
             if program is None:  # no other thread has made it meanwhile
-                program, first = Program.made(self.net, x, self._packs)
-                self._programs[key] = graph.Captured(program, x) if key[-1] else program
-                if len(self._programs) > PROGRAMS:
-                    del self._programs[next(iter(self._programs))]  # the oldest
+                program, first = Program.made(self.net, x, self._prepared)
+                self._keep(key, graph.Captured(program, x) if key[-1] else program)
                 return first
         return program(x)
+
+    def _found(self, key: tuple[Any, ...]) -> Program | graph.Captured | None:
+        with self._listing:
+            program = self._programs.get(key)
+            if program is not None:
+                self._programs.move_to_end(key)
+            return program
+
+    def _keep(self, key: tuple[Any, ...], program: Program | graph.Captured) -> None:
+        """Instead of the one of its kind that wasn't used for longest, if there are too many."""
+        with self._listing:
+            self._programs[key] = program
+            alike = [other for other in self._programs if other[-1] == key[-1]]
+            if len(alike) > (GRAPHS if key[-1] else PROGRAMS):
+                del self._programs[alike[0]]
 
     def _check(self, x: Any) -> None:
         if not isinstance(x, Tensor):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fusedres.inference.bound import Bound
 from fusedres.inference.layers import ConvBiasAct, Stem
 from fusedres.inference.pool import pool
+from fusedres.inference.prepared import Prepared
 from fusedres.inference.quantized import QuantizedConv
 
 _OPS: Any = torch.ops.mkldnn
@@ -50,50 +51,38 @@ def quantized_unavailable() -> str | None:
     return None
 
 
-class Packs:
-    """Weights in the blocked layouts that oneDNN would bring them into in every call.
+def _shared(packed: Tensor, layer: nn.Module, prepared: Prepared) -> Tensor:
+    """A packed weight, or one like it that is there already.
 
-    Which layout is best depends on the whole shape of the input; a weight in another one costs up to a
-    hundred times the convolution. Shapes that ask for the same share it.
+    oneDNN would bring a weight into the same blocked layout in every call. Which layout is best depends on
+    the whole shape of the input, and one that is packed for another shape costs up to a hundred times the
+    convolution; shapes that ask for the same layout share it.
     """
-
-    def __init__(self) -> None:
-        self._packed: dict[tuple[nn.Module, bytes], Tensor] = {}
-        self._converted: dict[tuple[nn.Module, torch.dtype], ConvBiasAct] = {}
-
-    def quantized(self, layer: QuantizedConv, x: Tensor) -> Tensor:
-        packed: Tensor = _QUANTIZED.qconv_prepack(
-            *(layer.weight, layer.weight_step, *layer.x, layer.stride, layer.padding, layer.dilation),
-            *(layer.groups, x.shape),
-        )
-        return self._shared(layer, packed)
-
-    def converted(self, layer: QuantizedConv, dtype: torch.dtype) -> ConvBiasAct:
-        """``layer`` as one in floating point."""
-        found = self._converted.get((layer, dtype))
-        if found is None:
-            sizes: tuple[Any, ...] = (layer.stride, layer.padding, layer.dilation, layer.groups)
-            plain = ConvBiasAct(layer.float_weight(), layer.bias, *sizes, relu=layer.relu)
-            found = self._converted[layer, dtype] = plain.to(dtype)
-        return found
-
-    def of(self, layer: ConvBiasAct, x: Tensor) -> Tensor:
-        packed: Tensor = _reorder(
-            *(layer.weight.detach().to_mkldnn(), layer.padding, layer.stride, layer.dilation),
-            *(layer.groups, x.shape),
-        )
-        return self._shared(layer, packed)
-
-    def _shared(self, layer: nn.Module, packed: Tensor) -> Tensor:
-        layout = _OPS._get_mkldnn_serialized_md(packed).numpy().tobytes()
-        return self._packed.setdefault((layer, layout), packed)
+    layout = _OPS._get_mkldnn_serialized_md(packed).numpy().tobytes()
+    return prepared.of(layer, layout, lambda: packed)
 
 
-def bind_conv(layer: ConvBiasAct, x: Tensor, packs: Packs, *, residual: bool, reuse: bool) -> Bound:
+def _packed(layer: ConvBiasAct, x: Tensor, prepared: Prepared) -> Tensor:
+    packed = _reorder(
+        *(layer.weight.detach().to_mkldnn(), layer.padding, layer.stride, layer.dilation),
+        *(layer.groups, x.shape),
+    )
+    return _shared(packed, layer, prepared)
+
+
+def _packed_levels(layer: QuantizedConv, x: Tensor, prepared: Prepared) -> Tensor:
+    packed = _QUANTIZED.qconv_prepack(
+        *(layer.weight, layer.weight_step, *layer.x, layer.stride, layer.padding, layer.dilation),
+        *(layer.groups, x.shape),
+    )
+    return _shared(packed, layer, prepared)
+
+
+def bind_conv(layer: ConvBiasAct, x: Tensor, prepared: Prepared, *, residual: bool, reuse: bool) -> Bound:
     """``layer`` on inputs of ``x``'s shape; with ``reuse`` into the residual's memory."""
     bias = None if layer.bias is None else layer.bias.detach()
     sizes = (list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups)
-    packed = (packs.of(layer, x), bias, *sizes)
+    packed = (_packed(layer, x, prepared), bias, *sizes)
     if not residual:
         conv = _direct(_OPS._convolution_pointwise.default)
         return Bound(conv, (*packed, "relu" if layer.relu else "none", [], ""), *_PACKED)
@@ -105,21 +94,23 @@ def bind_conv(layer: ConvBiasAct, x: Tensor, packs: Packs, *, residual: bool, re
 
 
 def quantized_candidates(
-    layer: QuantizedConv, x: Tensor, packs: Packs, *, residual: bool, reuse: bool
+    layer: QuantizedConv, x: Tensor, prepared: Prepared, *, residual: bool, reuse: bool
 ) -> dict[str, Bound]:
     """The ways to run ``layer``: in 8 bits, or by a floating-point convolution between two conversions."""
     found = {}
     if quantized_unavailable() is None:
-        found["int8"] = _quantized(layer, x, packs, residual=residual, reuse=reuse)
+        found["int8"] = _quantized(layer, x, prepared, residual=residual, reuse=reuse)
     dtype = torch.float32 if unavailable(torch.bfloat16) else torch.bfloat16
     if unavailable(dtype) is None:
-        found[str(dtype).removeprefix("torch.")] = _converted(layer, x, packs, dtype, residual=residual)
+        found[str(dtype).removeprefix("torch.")] = _converted(layer, x, prepared, dtype, residual=residual)
     return found
 
 
-def _converted(layer: QuantizedConv, x: Tensor, packs: Packs, dtype: torch.dtype, *, residual: bool) -> Bound:
-    plain = packs.converted(layer, dtype)
-    conv = bind_conv(plain, x.to(dtype), packs, residual=residual, reuse=residual)
+def _converted(
+    layer: QuantizedConv, x: Tensor, prepared: Prepared, dtype: torch.dtype, *, residual: bool
+) -> Bound:
+    plain = prepared.of(layer, dtype, lambda: _in_floating_point(layer, dtype))
+    conv = bind_conv(plain, x.to(dtype), prepared, residual=residual, reuse=residual)
     scales = (layer.x, layer.residual) if residual else (layer.x,)
 
     def run(*tensors: Tensor) -> Tensor:
@@ -129,10 +120,15 @@ def _converted(layer: QuantizedConv, x: Tensor, packs: Packs, dtype: torch.dtype
     return Bound(run, (), "onednn", f"in {plain.weight.dtype} between two conversions")
 
 
-def _quantized(layer: QuantizedConv, x: Tensor, packs: Packs, *, residual: bool, reuse: bool) -> Bound:
+def _in_floating_point(layer: QuantizedConv, dtype: torch.dtype) -> ConvBiasAct:
+    sizes: tuple[Any, ...] = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    return ConvBiasAct(layer.float_weight(), layer.bias, *sizes, relu=layer.relu).to(dtype)
+
+
+def _quantized(layer: QuantizedConv, x: Tensor, prepared: Prepared, *, residual: bool, reuse: bool) -> Bound:
     sizes = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
     step, zero = layer.x
-    weight = packs.quantized(layer, x)
+    weight = _packed_levels(layer, x, prepared)
     zeros = torch.zeros(len(layer.bias), dtype=torch.int64)
     given = (step, zero, weight, layer.weight_step, zeros)
     out = (layer.out.step, layer.out.zero, torch.uint8)
@@ -157,6 +153,6 @@ def _quantized(layer: QuantizedConv, x: Tensor, packs: Packs, *, residual: bool,
     return Bound(lambda x, residual: add_to(x, *given, residual.clone(), *added), (), *_PACKED)
 
 
-def bind_stem(layer: Stem, x: Tensor, packs: Packs) -> Bound:
-    conv = bind_conv(layer, x, packs, residual=False, reuse=False)
+def bind_stem(layer: Stem, x: Tensor, prepared: Prepared) -> Bound:
+    conv = bind_conv(layer, x, prepared, residual=False, reuse=False)
     return conv._replace(run=lambda x, *constants: pool(conv.run(x, *constants), None))

@@ -18,6 +18,7 @@ from fusedres import ops
 from fusedres.inference import gpu, onednn
 from fusedres.inference.bound import Bound
 from fusedres.inference.layers import ConvBiasAct, Stem
+from fusedres.inference.prepared import Prepared
 from fusedres.inference.quantized import QuantizedConv
 
 _ROUNDS = 4
@@ -55,11 +56,11 @@ class Program:
 
     Args:
         net: the folded graph, of one input and one output.
-        packs: where packed weights are shared between programs.
+        prepared: what programs share of what is made of the parameters.
     """
 
-    def __init__(self, net: fx.GraphModule, packs: onednn.Packs) -> None:
-        self._net, self._packs = net, packs
+    def __init__(self, net: fx.GraphModule, prepared: Prepared) -> None:
+        self._net, self._prepared = net, prepared
         self.choices: list[Choice] = []
         # milliseconds of each way to run a layer that has several
         self.measured: dict[str, dict[str, float]] = {}
@@ -67,9 +68,9 @@ class Program:
         self._slots = self._result = 0
 
     @classmethod
-    def made(cls, net: fx.GraphModule, x: Tensor, packs: onednn.Packs) -> tuple[Program, Tensor]:
+    def made(cls, net: fx.GraphModule, x: Tensor, prepared: Prepared) -> tuple[Program, Tensor]:
         """A program for inputs like ``x``, and its output for that one."""
-        program = cls(net, packs)
+        program = cls(net, prepared)
         out, program._result = program._make(x)
         return program, out
 
@@ -167,17 +168,17 @@ class Program:
             if x.device.type != "cpu":
                 return None
             ways = onednn.quantized_candidates(
-                layer, x, self._packs, residual=residual is not None, reuse=reuse
+                layer, x, self._prepared, residual=residual is not None, reuse=reuse
             )
             return self._fastest(str(node.target), ways, tensors)
         if x.device.type == "cuda" or forced in ("triton", "cuda"):
             if isinstance(layer, Stem):
-                return gpu.bind_stem(layer, x)
-            return gpu.bind_conv(layer, x, residual)
+                return gpu.bind_stem(layer, x, self._prepared)
+            return gpu.bind_conv(layer, x, residual, self._prepared)
         if x.device.type == "cpu" and onednn.unavailable(x.dtype) is None:
             if isinstance(layer, Stem):
-                return onednn.bind_stem(layer, x, self._packs)
-            return onednn.bind_conv(layer, x, self._packs, residual=residual is not None, reuse=reuse)
+                return onednn.bind_stem(layer, x, self._prepared)
+            return onednn.bind_conv(layer, x, self._prepared, residual=residual is not None, reuse=reuse)
         return None
 
 
