@@ -5,6 +5,7 @@ from fusedres._explain import explain
 from fusedres._version import __version__
 from fusedres.inference import optimize_for_inference, quantize_for_inference
 from fusedres.models.cifar import CifarResNet
+from fusedres.models.plain import PlainNet18, PlainNet34
 from fusedres.models.resnet import (
     ResNet18,
     ResNet34,
@@ -21,6 +22,8 @@ from fusedres.ops import backend
 
 __all__ = [
     "CifarResNet",
+    "PlainNet18",
+    "PlainNet34",
     "ResNet18",
     "ResNet34",
     "ResNet50",

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import fusedres
 from fusedres.cli.errors import USAGE, CommandError, first_line, require
+from fusedres.models import build
 from fusedres.nn import Zeros
 
-CIFAR_DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
 _PREFIX = "module."  # of DataParallel and DistributedDataParallel
 _CLASSIFIER = "linear."  # what CIFAR ResNets elsewhere call fc
 
@@ -35,7 +35,7 @@ def load(model: str, checkpoint: Path | None, weights: str | None, zeros: Zeros 
     """The net with the weights that ``add_source``'s options name, on the CPU.
 
     Args:
-        model: one of ``options.MODELS`` or ``CIFAR_DEPTHS``.
+        model: one of ``build.NAMES``.
         checkpoint: the file; None for ``weights``.
         weights: torchvision's name of them.
         zeros: where a CIFAR net's shortcuts have their zero channels.
@@ -47,7 +47,7 @@ def load(model: str, checkpoint: Path | None, weights: str | None, zeros: Zeros 
 
 
 def _pretrained(model: str, weights: str | None) -> Any:
-    if model in CIFAR_DEPTHS:
+    if model not in build.RESNETS:
         raise CommandError(f"torchvision has no weights of {model}: give a --checkpoint", USAGE)
     require("torchvision", "--weights")
     try:
@@ -67,18 +67,12 @@ def _from_checkpoint(model: str, path: Path, zeros: Zeros) -> Any:
         raise CommandError(f"{path} is no checkpoint that torch.load reads: {first_line(error)}") from error
     weights = _state_dict(content, path)
     try:
-        net = _net(model, weights["fc.weight"].shape[0], zeros)
+        net = build.build(model, weights["fc.weight"].shape[0], zeros=zeros)
         net.load_state_dict(weights)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise CommandError(f"{path} has no weights for {model}: {reason[:300]}") from error
     return net
-
-
-def _net(model: str, classes: int, zeros: Zeros) -> Any:
-    if model in CIFAR_DEPTHS:
-        return fusedres.CifarResNet(CIFAR_DEPTHS[model], zeros=zeros, num_classes=classes)
-    return getattr(fusedres, model)(num_classes=classes)
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:

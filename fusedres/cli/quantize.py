@@ -16,12 +16,12 @@ import fusedres
 from fusedres import ops
 from fusedres.cli import checkpoints, images, machine, options
 from fusedres.cli.bench import measure, report
-from fusedres.cli.checkpoints import CIFAR_DEPTHS
 from fusedres.cli.errors import USAGE, CommandError, out_of_memory, writing
 from fusedres.cli.images import CIFAR, IMAGENET, SUFFIXES, Images
 from fusedres.cli.options import DTYPES, MODELS, Commands, add_command, at_least
 from fusedres.inference import OptimizedResNet, onednn
 from fusedres.inference.quantized import QuantizedConv
+from fusedres.models.build import CIFAR as CIFAR_NETS
 from fusedres.training import files
 
 Report = dict[str, Any]
@@ -55,13 +55,13 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         "  fusedres quantize --model resnet20 --checkpoint resnet20.th --calibration train.npz \\\n"
         "    --evaluate test.npz --layers",
     )
-    models = (*MODELS, *CIFAR_DEPTHS)
+    models = (*MODELS, *CIFAR_NETS)
     parser.add_argument(
         "--model",
         choices=models,
         default="resnet50",
         metavar="MODEL",
-        help=f"{', '.join(MODELS)} or a net for CIFAR: {', '.join(CIFAR_DEPTHS)} (default: resnet50)",
+        help=f"{', '.join(MODELS)} or a net for CIFAR: {', '.join(CIFAR_NETS)} (default: resnet50)",
     )
     checkpoints.add_source(parser)
     parser.add_argument(
@@ -107,7 +107,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     if args.out is not None and args.out.suffix != EXPORTED:
         raise CommandError(f"--out must end in {EXPORTED}, as torch.export.load reads, got {args.out}", USAGE)
-    if args.zeros and args.model not in CIFAR_DEPTHS:
+    if args.zeros and args.model not in CIFAR_NETS:
         raise CommandError(f"--zeros is for CIFAR's nets, {args.model} has no zero channels", USAGE)
     options.check_outputs(args.out, args.json)
     _check_backend()
@@ -127,7 +127,7 @@ def _check_backend() -> None:
 
 
 def _format(model: str) -> images.Format:
-    return CIFAR if model in CIFAR_DEPTHS else IMAGENET
+    return CIFAR if model in CIFAR_NETS else IMAGENET
 
 
 def _quantize(args: argparse.Namespace) -> tuple[Report, OptimizedResNet]:
@@ -157,7 +157,7 @@ def _quantize(args: argparse.Namespace) -> tuple[Report, OptimizedResNet]:
         "settings": {
             "model": args.model,
             "weights": str(args.checkpoint or args.weights),
-            "zeros": (args.zeros or "split") if args.model in CIFAR_DEPTHS else None,
+            "zeros": (args.zeros or "split") if args.model in CIFAR_NETS else None,
             "dtype": _NAMES[after.dtype],
             "layers": args.layers,
         },

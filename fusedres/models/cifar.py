@@ -55,10 +55,10 @@ class CifarResNet(Network):
         self.conv1 = conv3x3(3, 16)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
-        block, kind = (PlainBlock, None) if plain else (BasicBlock, shortcut)
-        self.layer1 = make_stage(block, 16, 16, blocks, 1, shortcut=kind, zeros=zeros)
-        self.layer2 = make_stage(block, 16, 32, blocks, 2, shortcut=kind, zeros=zeros)
-        self.layer3 = make_stage(block, 32, 64, blocks, 2, shortcut=kind, zeros=zeros)
+        block = PlainBlock if plain else BasicBlock
+        self.layer1 = make_stage(block, 16, 16, blocks, 1, shortcut=shortcut, zeros=zeros)
+        self.layer2 = make_stage(block, 16, 32, blocks, 2, shortcut=shortcut, zeros=zeros)
+        self.layer3 = make_stage(block, 32, 64, blocks, 2, shortcut=shortcut, zeros=zeros)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(64, num_classes)
         for module in self.modules():

@@ -16,6 +16,7 @@ from fusedres.nn import (
     Bottleneck,
     NormLayer,
     PadShortcut,
+    PlainBlock,
     TraceForScript,
     Variant,
     Zeros,
@@ -66,7 +67,7 @@ def make_stage(
     depth: int,
     stride: int,
     *,
-    shortcut: Shortcut | None,
+    shortcut: Shortcut,
     zeros: Zeros = "end",
     norm_layer: NormLayer = nn.BatchNorm2d,
     dilations: tuple[int, int] = (1, 1),
@@ -80,15 +81,16 @@ def make_stage(
         planes: the blocks' ``planes``.
         depth: number of blocks.
         stride: of the first block.
-        shortcut: see :func:`make_shortcut`.
+        shortcut: see :func:`make_shortcut`; plain blocks have none.
         zeros: likewise.
         norm_layer: makes every norm.
         dilations: of the first block, and of the others.
         settings: more arguments of ``block``.
     """
     blocks = []
+    kind = None if issubclass(block, PlainBlock) else shortcut
     for index in range(depth):
-        downsample = make_shortcut(shortcut, inplanes, planes * block.expansion, stride, norm_layer, zeros)
+        downsample = make_shortcut(kind, inplanes, planes * block.expansion, stride, norm_layer, zeros)
         dilation = dilations[index > 0]
         blocks.append(
             block(inplanes, planes, stride, downsample, dilation=dilation, norm_layer=norm_layer, **settings)
