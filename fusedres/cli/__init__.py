@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"fusedres: error: {error}", file=sys.stderr)
         return error.status
-    except KeyboardInterrupt:
-        print("fusedres: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:  # its text, if any, says how to go on
+        print(f"fusedres: interrupted{error}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # the reader of our output went away (`| head`): nothing left to say, and no traceback at exit

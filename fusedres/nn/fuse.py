@@ -126,18 +126,31 @@ def unfused_reason(
     return None
 
 
+def _is_recomputed() -> bool:
+    """Whether this forward repeats an earlier one, inside the backward of activation checkpointing."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def batch_norm_of(norm: Any) -> functional.BatchNorm:
-    """The arguments that ``norm``'s own forward would give F.batch_norm."""
+    """The arguments that ``norm``'s own forward would give F.batch_norm.
+
+    A forward that activation checkpointing repeats gets copies of the running statistics: they have this
+    batch already.
+    """
     weight, bias, mean, var = _tensors(norm)
     training, momentum = False, None
     if type(norm) is nn.BatchNorm2d:
         training, momentum = norm.training, norm.momentum
         if training and not norm.track_running_stats:
             mean = var = None
-        elif training and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = 1.0 / float(norm.num_batches_tracked)
+        elif training:
+            tracked = norm.num_batches_tracked
+            if _is_recomputed() and mean is not None and var is not None:
+                mean, var = mean.clone(), var.clone()
+            elif tracked is not None:
+                tracked.add_(1)
+            if momentum is None and tracked is not None:
+                momentum = 1.0 / float(tracked)
         training = training or (mean is None and var is None)
     return functional.BatchNorm(
         weight, bias, mean, var, training, 0.0 if momentum is None else momentum, norm.eps

@@ -33,6 +33,8 @@ def atomic(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp made it private
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # on the disk before it takes the name, should the machine stop
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

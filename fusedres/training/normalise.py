@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Mean = Literal["per_pixel", "per_channel", "imagenet"]
 _KEYS = ("mean", "std")
+_LEAST_STD = 1 / 255  # a channel that is the same everywhere is not blown up
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,27 @@ class Normalisation:
 IMAGENET = Normalisation(
     torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 )
+
+
+def measure(batches: Iterable[Tensor], mean: Mean) -> Normalisation:
+    """The normalisation of images like these.
+
+    Args:
+        batches: images [N, 3, H, W], fp32, from 0 to 1.
+        mean: "per_pixel" is their mean image, and nothing is divided by; "per_channel" the mean of every
+            channel, over its deviation; "imagenet" ImageNet's, and ``batches`` is not looked at.
+    """
+    if mean == "imagenet":
+        return IMAGENET
+    count = 0
+    total = squares = torch.zeros((), dtype=torch.float64)
+    for images in batches:
+        count += len(images)
+        total = total + images.double().sum(0)
+        squares = squares + images.double().square().sum(0)
+    of_pixels = total / count
+    if mean == "per_pixel":
+        return Normalisation(of_pixels.float(), torch.ones(3, 1, 1))
+    average = of_pixels.mean((1, 2), keepdim=True)
+    variance = (squares / count).mean((1, 2), keepdim=True) - average.square()
+    return Normalisation(average.float(), variance.clamp_min(0).sqrt().clamp_min(_LEAST_STD).float())
