@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fusedres import __version__, ops, plan
-from fusedres.cli import autotune, bench, info, predict, quantize, train
+from fusedres.cli import autotune, bench, experiment, info, predict, quantize, train
 from fusedres.cli.errors import USAGE, CommandError
 
-COMMANDS = (autotune, bench, info, predict, quantize, train)
+COMMANDS = (autotune, bench, experiment, info, predict, quantize, train)
 INTERRUPTED = 130
 
 
