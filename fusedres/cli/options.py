@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import torch
 
+from fusedres import ops
 from fusedres.cli.errors import USAGE, CommandError
 from fusedres.training import files
 
@@ -77,6 +78,14 @@ def device(asked: str | None) -> torch.device:
         why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
         raise CommandError(f"--device cuda: {why}", USAGE)
     return torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def check_backend(device: torch.device) -> None:
+    """Refuse a forced backend that can't serve on ``device``."""
+    try:
+        ops.choice("bn_act", device, torch.float32, ops.forced_backend())
+    except RuntimeError as error:
+        raise CommandError(str(error)) from error
 
 
 @contextlib.contextmanager
