@@ -13,6 +13,7 @@ from torch import Tensor
 from fusedres.cli import views
 from fusedres.cli.errors import CommandError
 from fusedres.cli.images import Images
+from fusedres.cli.options import DTYPES
 from fusedres.cli.views import FLIPPED, Protocol
 from fusedres.inference import OptimizedResNet
 from fusedres.training.normalise import Normalisation
@@ -98,7 +99,8 @@ def _of_views(member: Member, x: Tensor, batch: int, logits: bool) -> Tensor:
     parts = torch.split(x, batch)
     out = torch.cat([member.net(views.normalised(part, member.normalise)) for part in parts]).cpu()
     if not out.isfinite().all():
-        raise CommandError(f"{member.source} gives values that are not finite, in {member.net.dtype}")
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == member.net.dtype)
+        raise CommandError(f"{member.source} gives values that are not finite, in {dtype}")
     return out if logits else out.softmax(1)
 
 
