@@ -177,7 +177,9 @@ def test_predict_reads_images_as_the_checkpoint_says(save: Any, image: Path, cap
     assert main(["predict", str(image), "--checkpoint", str(save(content)), "--json", "--top", "1"]) == 0
     (found,) = json.loads(capsys.readouterr().out)[0]["predictions"]
     best = logits(content, image)[0].softmax(0).max(0)
-    assert found["class"] == best.indices and found["probability"] == pytest.approx(best.values.item(), rel=1e-4)
+    assert found["class"] == best.indices and found["probability"] == pytest.approx(
+        best.values.item(), rel=1e-4
+    )
 
 
 def test_quantize_reads_images_as_the_checkpoint_says(save: Any, image: Path, tmp_path: Path) -> None:
@@ -220,7 +222,7 @@ def test_eval_reads_images_as_the_checkpoint_says(save: Any, image: Path, tmp_pa
     assert found["result"]["top1"]["correct"] == 1
     (member,) = found["members"]
     assert (member["model"], member["zeros"], member["size"]) == ("resnet8", "end", SIZE)
-    assert member["mean"] == f"per pixel, [3, {SIZE}, {SIZE}]"
+    assert member["mean"] == "per pixel"
 
 
 # what is refused

@@ -246,14 +246,17 @@ def _protocol(args: argparse.Namespace, trained: Trained, data: Images) -> Proto
 
 
 def _described(trained: Trained, protocol: Protocol) -> Report:
-    mean, std = trained.normalisation.mean, trained.normalisation.std
+    mean, std = (
+        [round(value, 6) for value in values.flatten().tolist()] if values[0].numel() == 1 else "per pixel"
+        for values in (trained.normalisation.mean, trained.normalisation.std)
+    )
     cropped = protocol.crops != "full"
     return {
         "model": trained.name,
         "weights": trained.source,
         "zeros": trained.zeros,
-        "mean": mean.flatten().tolist() if mean[0].numel() == 1 else f"per pixel, {list(mean.shape)}",
-        "std": std.flatten().tolist(),
+        "mean": mean,
+        "std": std,
         "size": protocol.format.size if cropped else None,
         "resize": protocol.format.shorter if cropped else None,
     }
@@ -311,5 +314,5 @@ def _cells(correct: list[int], images: int) -> list[str]:
     """The number that is right and the error, for every head."""
     cells = []
     for right in correct:
-        cells += [f"{right:,}", f"{100 * (1 - right / images):.2f}" if images else "-"]
+        cells += [f"{right:,}", f"{100 * (images - right) / images:.2f}" if images else "-"]
     return cells

@@ -133,7 +133,11 @@ class Tally:
         """top1 and, with enough classes, top5."""
         images = int(self.images.sum())
         return {
-            name: {"correct": right, "accuracy": right / images, "error_percent": 100 * (1 - right / images)}
+            name: {
+                "correct": right,
+                "accuracy": right / images,
+                "error_percent": 100 * (images - right) / images,
+            }
             for name, right in zip(("top1", "top5"), self.right[side].sum(1).tolist(), strict=False)
         }
 
