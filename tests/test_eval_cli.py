@@ -176,6 +176,42 @@ def test_images_that_cannot_be_read(evaluate: Any, folder: Path) -> None:
     )
 
 
+def test_an_image_too_long_to_be_resized(evaluate: Any, folder: Path) -> None:
+    from PIL import Image
+
+    for name, size in (("long", (1, 51)), ("wide", (510, 10)), ("fits", (500, 10))):
+        Image.new("RGB", size).save(folder / "thing 0" / f"{name}.png")
+    found, _, err = evaluate("--data", folder)
+    assert found["data"]["left_out"] == 2 and found["data"]["images"] == 2 * CLASSES + 1
+    assert "one side must be at most 50 times the other, got 1x51 px" in err
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "average", "best"),
+    [
+        (([0.5, 0.05, 0.45], [0.05, 0.5, 0.45]), "probabilities", [0, 1, 2]),
+        (([0.9, 0.0999, 0.0001], [0.0001, 0.4, 0.5999]), "probabilities", [0, 2, 0]),
+        (([0.9, 0.0999, 0.0001], [0.0001, 0.4, 0.5999]), "logits", [0, 2, 1]),
+    ],
+)
+def test_what_an_ensemble_decides(
+    probabilities: tuple[list[float], ...], average: str, best: list[int], tmp_path: Path
+) -> None:
+    """Nets that say the same of every image: of each class as many are right as the data has of it."""
+    counts = (1, 2, 4)
+    np.savez(tmp_path / "images.npz", images=pixels(7), labels=np.repeat(range(3), counts))
+    argv = ["eval", "--model", "resnet8", "--data", tmp_path / "images.npz", *QUICK, "--average", average]
+    for index, of_net in enumerate(probabilities):
+        weights = net(3).state_dict()
+        weights |= {"fc.weight": torch.zeros(3, 64), "fc.bias": torch.tensor(of_net).log()}
+        torch.save(weights, tmp_path / f"{index}.pt")
+        argv += ["--checkpoint", tmp_path / f"{index}.pt"]
+    assert main([str(arg) for arg in (*argv, "--json", tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    right = [figures["top1"]["correct"] for figures in (*found["members"], found["result"])]
+    assert right == [counts[index] for index in best]
+
+
 def test_names_of_classes(evaluate: Any, folder: Path, tmp_path: Path, archive: Path) -> None:
     found, out, _ = evaluate("--data", folder, "--per-class")
     assert [entry["label"] for entry in found["per_class"]] == [f"thing {index}" for index in range(CLASSES)]

@@ -21,6 +21,7 @@ from fusedres.training.normalise import IMAGENET as IMAGENET_PIXELS
 from fusedres.training.normalise import Normalisation
 
 T = TypeVar("T")
+ASPECT = 50  # an image that is more times as long as wide becomes too large with a shorter side of hundreds
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -37,6 +38,11 @@ def read(path: Path) -> Pixels:
 
     try:
         with Image.open(path) as opened:
+            if max(opened.size) > ASPECT * min(opened.size):
+                width, height = opened.size
+                raise ValueError(
+                    f"one side must be at most {ASPECT} times the other, got {width}x{height} px"
+                )
             return np.array(opened.convert("RGB"))
     except FileNotFoundError as error:
         raise CommandError(f"there is no image {path}") from error
