@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,16 +108,30 @@ class Images:
     def views(self, size: int, description: str, make: Callable[[Pixels], T]) -> Iterator[dict[int, T]]:
         """What ``make`` makes of at most ``size`` images at a time, by index.
 
-        An image that can't be read is reported and left out.
+        Images are read in as many threads as torch has. One that can't be read is reported and left out.
 
         Raises:
             CommandError: no image can be read.
         """
+
+        def made(index: int) -> T | CommandError:
+            try:
+                pixels = self._pixels(index)
+            except CommandError as error:
+                return error
+            return make(pixels)
+
         read = 0
-        with tqdm(total=len(self), desc=description, unit="image", disable=None, leave=False) as bar:
+        progress = tqdm(total=len(self), desc=description, unit="image", disable=None, leave=False)
+        with progress as bar, ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for start in range(0, len(self), size):
                 chosen = range(start, min(start + size, len(self)))
-                found = {i: make(pixels) for i in chosen if (pixels := self._read(i)) is not None}
+                found: dict[int, T] = {}
+                for index, result in zip(chosen, pool.map(made, chosen), strict=True):
+                    if isinstance(result, CommandError):
+                        tqdm.write(f"fusedres: note: left out: {result}", file=sys.stderr)
+                    else:
+                        found[index] = result
                 if found:
                     read += len(found)
                     yield found
@@ -124,14 +139,11 @@ class Images:
         if not read:
             raise CommandError(f"none of the images in {self.path} can be read")
 
-    def _read(self, index: int) -> Pixels | None:
-        if not isinstance(self.items, list):
-            return self.items[index]  # type: ignore[no-any-return]
-        try:
+    def _pixels(self, index: int) -> Pixels:
+        """[H, W, 3]"""
+        if isinstance(self.items, list):
             return read(self.items[index])
-        except CommandError as error:
-            tqdm.write(f"fusedres: note: left out: {error}", file=sys.stderr)
-            return None
+        return self.items[index]  # type: ignore[no-any-return]
 
 
 def find(path: Path, option: str, classes: int | None = None) -> Images:

@@ -60,7 +60,7 @@ class Protocol:
         image = planes(sized(pixels, self.format))
         if self.crops == "1":
             return [centre(image, self.format.size)]
-        return [*five_crops(image, self.format.size)]
+        return five_crops(image, self.format.size)
 
     def per_image(self) -> int:
         """Views of an image, with the mirror images."""
@@ -100,10 +100,10 @@ def centre(image: Tensor, size: int) -> Tensor:
     return image[:, top : top + size, left : left + size]
 
 
-def five_crops(image: Tensor, size: int) -> Tensor:
-    """The four corners and the centre: [3, H, W] -> [5, 3, size, size]"""
+def five_crops(image: Tensor, size: int) -> list[Tensor]:
+    """The four corners and the centre: [3, H, W] -> 5 of [3, size, size]"""
     corners = [image[:, rows, columns] for rows in _ends(size) for columns in _ends(size)]
-    return torch.stack([*corners, centre(image, size)])
+    return [*corners, centre(image, size)]
 
 
 def _ends(size: int) -> tuple[slice, slice]:
