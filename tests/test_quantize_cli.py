@@ -20,11 +20,13 @@ from test_inference import seasoned
 
 import fusedres
 from fusedres.cli import images, main
-from fusedres.cli.images import CIFAR, IMAGENET
+from fusedres.cli.views import CIFAR, IMAGENET
 from fusedres.inference import onednn
 from fusedres.training import files
+from fusedres.training.normalise import IMAGENET as IMAGENET_PIXELS
 
 CLASSES = 10
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # one thread: what waits for another one takes long on a busy machine
 QUICK = ("--threads", "1", "--batch", "2")
 
@@ -159,7 +161,7 @@ def test_every_convolution_has_a_line(ran: Ran) -> None:
 
 
 def test_counts_are_the_models_own(ran: Ran, archive: Path) -> None:
-    x = torch.cat([x for x, _ in images.find(archive, CIFAR, "--evaluate").batches(40, "")])
+    x = torch.cat([x for x, _ in images.find(archive, "--evaluate").batches(40, "", CIFAR, IMAGENET_PIXELS)])
     labels = torch.arange(40) % CLASSES
     with torch.no_grad():
         before = net()(x).argmax(1)
@@ -171,7 +173,7 @@ def test_counts_are_the_models_own(ran: Ran, archive: Path) -> None:
 def test_the_file_gives_the_same_predictions_without_fusedres(
     ran: Ran, archive: Path, tmp_path: Path
 ) -> None:
-    x = torch.cat([x for x, _ in images.find(archive, CIFAR, "--evaluate").batches(40, "")])
+    x = torch.cat([x for x, _ in images.find(archive, "--evaluate").batches(40, "", CIFAR, IMAGENET_PIXELS)])
     quantised = fusedres.quantize_for_inference(net(), x[:24], torch.float32)
     with fusedres.backend("reference"):
         expected = quantised(x)
@@ -212,9 +214,9 @@ def test_a_folder_for_each_class(quantize: Any, archive: Path, tmp_path: Path) -
     (tmp_path / "classes" / "class 3" / "1.png").write_text("damaged")
     out, _ = quantize("--calibration", archive, "--evaluate", tmp_path / "classes")
     assert "top-1 of 14 images" in out and "(1 left out)" in out
-    found = images.find(tmp_path / "classes", CIFAR, "--evaluate", CLASSES)
+    found = images.find(tmp_path / "classes", "--evaluate", CLASSES)
     assert [path.parent.name for path in found.items] == [f"class {label}" for label in found.labels]
-    batches = list(found.batches(4, ""))
+    batches = list(found.batches(4, "", CIFAR, IMAGENET_PIXELS))
     assert torch.cat([labels for _, labels in batches]).tolist() == [0, 1, 1, 2, 3, 4, 5, 5, 6, 7, 7, 8, 9, 9]
     assert sum(len(x) for x, _ in batches) == 14
 
@@ -273,21 +275,21 @@ def test_images_of_an_archive_are_those_of_files(tmp_path: Path) -> None:
     for format in (IMAGENET, CIFAR):
         for size in (300, format.size):
             np.savez(tmp_path / "images.npz", images=pixels(2, size))
-            (of_archive,) = images.find(tmp_path / "images.npz", format, "").batches(5, "")
+            (of_archive,) = images.find(tmp_path / "images.npz", "").batches(5, "", format, IMAGENET_PIXELS)
             assert of_archive[0].shape == (2, 3, format.size, format.size) and of_archive[1] is None
             if size == 300:
-                (of_files,) = images.find(tmp_path / "images", format, "").batches(5, "")
+                (of_files,) = images.find(tmp_path / "images", "").batches(5, "", format, IMAGENET_PIXELS)
                 assert torch.equal(of_archive[0], of_files[0])
             else:  # as it is, but normalised
                 plain = torch.from_numpy(pixels(2, size)).permute(0, 3, 1, 2) / 255
-                mean, std = (torch.tensor(v)[:, None, None] for v in (images.MEAN, images.STD))
+                mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
                 assert torch.equal(of_archive[0], (plain - mean) / std)
 
 
 def test_the_first_images_are_taken(tmp_path: Path) -> None:
     paths = save_images(tmp_path, 3)
-    assert images.find(tmp_path, CIFAR, "").first(2).items == paths[:2]
-    assert len(images.find(tmp_path, CIFAR, "").first(9)) == 3
+    assert images.find(tmp_path, "").first(2).items == paths[:2]
+    assert len(images.find(tmp_path, "").first(9)) == 3
 
 
 # what it refuses
@@ -346,7 +348,7 @@ def test_weights_that_are_another_nets(refused: Any, checkpoint: Path, archive: 
     broken["bn1.running_var"][0] = float("nan")
     torch.save(broken, tmp_path / "nan.pt")
     said = refused(*given, weights=tmp_path / "nan.pt", status=1)
-    assert "gives values that are not finite" in said
+    assert "has values that are not finite, in bn1.running_var" in said
 
 
 def test_pretrained_weights_are_imagenets(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ def out_of_memory(remedy: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not any(sign in str(error) for sign in _NO_MEMORY):
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _NO_MEMORY):
             raise
         raise CommandError(f"out of memory, try {remedy}: {first_line(error)}") from error
 

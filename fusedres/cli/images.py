@@ -1,12 +1,13 @@
-"""Images from files, folders and .npz archives, as a net reads them."""
+"""Images from files, folders and .npz archives."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,63 +15,45 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fusedres.cli import views
 from fusedres.cli.errors import USAGE, CommandError, first_line, require
+from fusedres.cli.views import Format, Pixels
+from fusedres.training.normalise import IMAGENET as IMAGENET_PIXELS
+from fusedres.training.normalise import Normalisation
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+T = TypeVar("T")
+ASPECT = 50  # an image that is more times as long as wide becomes too large with a shorter side of hundreds
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-class Format(NamedTuple):
-    """What a net reads: square images of ``size`` px.
-
-    An image is resized to ``shorter`` px on its shorter side and cropped in the centre; with None it is
-    resized to the square.
-    """
-
-    size: int
-    shorter: int | None
+def preprocess(
+    path: Path, format: Format = views.IMAGENET, normalise: Normalisation = IMAGENET_PIXELS
+) -> Tensor:
+    """An image file as a batch of one, its crop in the centre: [1, 3, size, size], fp32."""
+    return views.normalised(_centre(read(path), format)[None], normalise)
 
 
-IMAGENET, CIFAR = Format(224, 256), Format(32, None)
-
-
-def preprocess(path: Path, format: Format = IMAGENET) -> Tensor:
-    """An image file as a normalised batch of one: [1, 3, size, size], fp32."""
+def read(path: Path) -> Pixels:
+    """An image file: [H, W, 3]"""
     from PIL import Image
 
     try:
         with Image.open(path) as opened:
-            image = opened.convert("RGB")
+            if max(opened.size) > ASPECT * min(opened.size):
+                width, height = opened.size
+                raise ValueError(
+                    f"one side must be at most {ASPECT} times the other, got {width}x{height} px"
+                )
+            return np.array(opened.convert("RGB"))
     except FileNotFoundError as error:
         raise CommandError(f"there is no image {path}") from error
     except Exception as error:  # what a damaged image raises depends on its format
         raise CommandError(f"{path} is no image that can be read: {first_line(error)}") from error
-    return _normalise(_fit(image, format))
 
 
-def _fit(image: Image.Image, format: Format) -> npt.NDArray[np.uint8]:
-    """[size, size, 3]"""
-    from PIL import Image
-
-    size, shorter = format
-    if shorter is None:
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-        return np.array(image)
-    short = min(image.size)
-    width, height = (shorter * side // short for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return np.array(image.crop((left, top, left + size, top + size)))
-
-
-def _normalise(pixels: npt.NDArray[np.uint8]) -> Tensor:
-    """[H, W, 3] -> [1, 3, H, W], fp32"""
-    x = torch.from_numpy(pixels.astype(np.float32) / 255)
-    return ((x - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)[None]
+def _centre(pixels: Pixels, format: Format) -> Tensor:
+    """[H, W, 3] -> [3, size, size], uint8"""
+    return views.centre(views.planes(views.sized(pixels, format)), format.size)
 
 
 @dataclass(frozen=True)
@@ -81,13 +64,13 @@ class Images:
         path: where they are from.
         items: files, or pixels [N, H, W, 3].
         labels: a class for each; None where they aren't asked for.
-        format: what they are made into.
+        names: of the classes: the subfolders that they are in.
     """
 
     path: Path
-    items: list[Path] | npt.NDArray[np.uint8]
-    labels: npt.NDArray[Any] | None
-    format: Format
+    items: list[Path] | Pixels
+    labels: npt.NDArray[np.int64] | None = None
+    names: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -96,49 +79,78 @@ class Images:
         labels = None if self.labels is None else self.labels[:count]
         return replace(self, items=self.items[:count], labels=labels)
 
-    def batches(self, size: int, description: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def spread(self, count: int) -> Images:
+        """``count`` of them, at even distances."""
+        if count >= len(self):
+            return self
+        chosen = np.arange(count) * len(self) // count
+        items = [self.items[i] for i in chosen] if isinstance(self.items, list) else self.items[chosen]
+        return replace(self, items=items, labels=None if self.labels is None else self.labels[chosen])
+
+    def format(self, format: Format) -> Format:
+        """Of crops in the centre: images of an archive that have the net's size are left as they are."""
+        if isinstance(self.items, list) or self.items.shape[1:3] != (format.size,) * 2:
+            return format
+        return Format(format.size, None)
+
+    def batches(
+        self, size: int, description: str, format: Format, normalise: Normalisation
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Batches of at most ``size``: [N, 3, size, size], fp32, channels_last, and labels [N].
 
-        An image that can't be read is reported and left out.
+        As :meth:`views`; crops are in the centre.
+        """
+        format = self.format(format)
+        for found in self.views(size, description, lambda pixels: _centre(pixels, format)):
+            x = views.normalised(torch.stack([*found.values()]), normalise)
+            yield x, None if self.labels is None else torch.from_numpy(self.labels[list(found)])
+
+    def views(self, size: int, description: str, make: Callable[[Pixels], T]) -> Iterator[dict[int, T]]:
+        """What ``make`` makes of at most ``size`` images at a time, by index.
+
+        Images are read in as many threads as torch has. One that can't be read is reported and left out.
 
         Raises:
             CommandError: no image can be read.
         """
+
+        def made(index: int) -> T | CommandError:
+            try:
+                pixels = self._pixels(index)
+            except CommandError as error:
+                return error
+            return make(pixels)
+
         read = 0
-        with tqdm(total=len(self), desc=description, unit="image", disable=None, leave=False) as bar:
+        progress = tqdm(total=len(self), desc=description, unit="image", disable=None, leave=False)
+        with progress as bar, ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for start in range(0, len(self), size):
                 chosen = range(start, min(start + size, len(self)))
-                images = {i: image for i in chosen if (image := self._image(i)) is not None}
-                if images:
-                    read += len(images)
-                    x = torch.cat(list(images.values())).contiguous(memory_format=torch.channels_last)
-                    labels = None if self.labels is None else torch.from_numpy(self.labels[list(images)])
-                    yield x, labels
+                found: dict[int, T] = {}
+                for index, result in zip(chosen, pool.map(made, chosen), strict=True):
+                    if isinstance(result, CommandError):
+                        tqdm.write(f"fusedres: note: left out: {result}", file=sys.stderr)
+                    else:
+                        found[index] = result
+                if found:
+                    read += len(found)
+                    yield found
                 bar.update(len(chosen))
         if not read:
             raise CommandError(f"none of the images in {self.path} can be read")
 
-    def _image(self, index: int) -> Tensor | None:
+    def _pixels(self, index: int) -> Pixels:
+        """[H, W, 3]"""
         if isinstance(self.items, list):
-            try:
-                return preprocess(self.items[index], self.format)
-            except CommandError as error:
-                tqdm.write(f"fusedres: note: left out: {error}", file=sys.stderr)
-                return None
-        pixels = self.items[index]
-        if pixels.shape[:2] != (self.format.size,) * 2:
-            from PIL import Image
-
-            pixels = _fit(Image.fromarray(pixels), self.format)
-        return _normalise(pixels)
+            return read(self.items[index])
+        return self.items[index]  # type: ignore[no-any-return]
 
 
-def find(path: Path, format: Format, option: str, classes: int | None = None) -> Images:
+def find(path: Path, option: str, classes: int | None = None) -> Images:
     """The images of a folder or an .npz, in sorted order.
 
     Args:
         path: a folder, searched recursively, or an .npz with ``images``, uint8 [N, H, W, 3].
-        format: what the net reads. Images of an .npz that have its size are not resized or cropped.
         option: that named the path, for messages.
         classes: of the net, if labels are needed: a folder then has a subfolder for each, and an .npz
             ``labels``, integers [N]. None: without labels.
@@ -149,24 +161,28 @@ def find(path: Path, format: Format, option: str, classes: int | None = None) ->
     if path.is_dir():
         require("PIL.Image", f"{option} with a folder", "pillow")
         try:
-            files, labels = _in_folder(path) if classes is None else _in_subfolders(path, option, classes)
+            found = _in_folder(path) if classes is None else _in_subfolders(path, option, classes)
         except OSError as error:
             raise CommandError(f"{option}: can't read {path}: {first_line(error)}", USAGE) from error
-        if not files:
+        if not found:
             raise CommandError(f"{option} {path} has no images ({' '.join(SUFFIXES)})", USAGE)
-        return Images(path, files, labels, format)
+        return found
     if not path.exists():
         raise CommandError(f"{option}: there is no {path}", USAGE)
     if path.suffix != ".npz":
         raise CommandError(f"{option} must be a folder of images or an .npz, got {path}", USAGE)
-    return _in_archive(path, format, option, classes)
+    return _in_archive(path, option, classes)
 
 
-def _in_folder(folder: Path) -> tuple[list[Path], None]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()), None
+def _in_folder(folder: Path) -> Images:
+    return Images(folder, _files(folder))
 
 
-def _in_subfolders(folder: Path, option: str, classes: int) -> tuple[list[Path], npt.NDArray[np.int64]]:
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+
+
+def _in_subfolders(folder: Path, option: str, classes: int) -> Images:
     subfolders = sorted(p for p in folder.iterdir() if p.is_dir())
     if len(subfolders) != classes:
         raise CommandError(
@@ -174,11 +190,12 @@ def _in_subfolders(folder: Path, option: str, classes: int) -> tuple[list[Path],
             f"got {len(subfolders)}",
             USAGE,
         )
-    files = [(file, label) for label, sub in enumerate(subfolders) for file in _in_folder(sub)[0]]
-    return [file for file, _ in files], np.array([label for _, label in files], dtype=np.int64)
+    files = [(file, label) for label, sub in enumerate(subfolders) for file in _files(sub)]
+    labels = np.array([label for _, label in files], dtype=np.int64)
+    return Images(folder, [file for file, _ in files], labels, [sub.name for sub in subfolders])
 
 
-def _in_archive(path: Path, format: Format, option: str, classes: int | None) -> Images:
+def _in_archive(path: Path, option: str, classes: int | None) -> Images:
     names = ("images",) if classes is None else ("images", "labels")
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -195,10 +212,9 @@ def _in_archive(path: Path, format: Format, option: str, classes: int | None) ->
         )
     if not len(pixels):
         raise CommandError(f"{option} {path} has no images", USAGE)
-    if pixels.shape[1:3] != (format.size,) * 2:
-        require("PIL.Image", f"resizing the images of {path}", "pillow")
-    labels = None if classes is None else _checked(found["labels"], len(pixels), path, classes)
-    return Images(path, pixels, labels, format)
+    return Images(
+        path, pixels, None if classes is None else _checked(found["labels"], len(pixels), path, classes)
+    )
 
 
 def _checked(labels: npt.NDArray[Any], images: int, path: Path, classes: int) -> npt.NDArray[np.int64]:

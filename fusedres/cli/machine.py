@@ -13,7 +13,7 @@ import torch
 
 from fusedres import __version__
 
-_PACKAGES = ("torchvision", "triton", "numpy")
+_PACKAGES = ("torchvision", "triton", "numpy", "pillow")
 _ENVIRONMENT = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_", "KMP_", "FUSEDRES_", "TRITON_INTERPRET")
 
 

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import torch
 
+from fusedres import ops
 from fusedres.cli.errors import USAGE, CommandError
 from fusedres.training import files
 
@@ -79,6 +80,14 @@ def device(asked: str | None) -> torch.device:
     return torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def check_backend(device: torch.device) -> None:
+    """Refuse a forced backend that can't serve on ``device``."""
+    try:
+        ops.choice("bn_act", device, torch.float32, ops.forced_backend())
+    except RuntimeError as error:
+        raise CommandError(str(error)) from error
+
+
 @contextlib.contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """Run with ``count`` CPU threads; None leaves the number alone."""
@@ -98,3 +107,13 @@ def check_outputs(*paths: Path | None) -> None:
                 files.check_writable(path)
             except OSError as error:
                 raise CommandError(str(error), USAGE) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse, before any work, a folder that can't be made or written to."""
+    there = folder
+    while not there.exists():
+        there = there.absolute().parent
+    if not there.is_dir():
+        raise CommandError(f"can't write to {folder}: {there} is no directory", USAGE)
+    check_outputs(there / "file")

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import fusedres
-from fusedres.cli import checkpoints, options
-from fusedres.cli.errors import FAILED, USAGE, CommandError, first_line, require
-from fusedres.cli.images import IMAGENET, preprocess
-from fusedres.cli.options import MODELS, Commands, add_command, at_least
-
-_IMAGENET_CLASSES = 1000
+from fusedres.cli import checkpoints, labels, options
+from fusedres.cli.errors import FAILED, CommandError, require
+from fusedres.cli.images import preprocess
+from fusedres.cli.options import Commands, add_command, at_least
+from fusedres.cli.views import CIFAR, IMAGENET
 
 
 def add_parser(commands: Commands) -> argparse.ArgumentParser:
@@ -26,22 +25,17 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         "predict",
         help="the most likely classes of images",
         description="Print the most likely classes of images. They are resized to\n"
-        f"{IMAGENET.shorter} px on the shorter side, cropped to {IMAGENET.size} px in the centre and\n"
-        "normalised as ImageNet's. An image that can't be read is reported, the others are\n"
+        f"{IMAGENET.shorter} px on the shorter side and cropped to {IMAGENET.size} px in the centre, for\n"
+        f"CIFAR's nets resized to {CIFAR.size}x{CIFAR.size} px, and normalised as ImageNet's, unless the\n"
+        "checkpoint says otherwise. An image that can't be read is reported, the others are\n"
         "predicted, and the status is 1.",
         example="fusedres predict cat.jpg dog.jpg --model resnet50 --weights DEFAULT --top 3",
     )
     parser.add_argument(
         "images", nargs="+", type=Path, metavar="IMAGE", help="an image file that pillow reads"
     )
-    parser.add_argument("--model", choices=MODELS, default="resnet50", help="default: resnet50")
     checkpoints.add_source(parser)
-    parser.add_argument(
-        "--labels",
-        type=Path,
-        metavar="FILE",
-        help="class names, one a line (default: ImageNet's for 1000 classes)",
-    )
+    labels.add_labels(parser, "ImageNet's for 1000 classes")
     parser.add_argument(
         "--top", type=at_least(1), default=5, metavar="N", help="classes to print (default: 5)"
     )
@@ -53,13 +47,14 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     device = options.device(args.device)
     require("PIL.Image", "predict", "pillow")
-    model = checkpoints.load(args.model, args.checkpoint, args.weights)
-    names = _labels(args.labels, model.fc.out_features)
-    model = fusedres.optimize_for_inference(model.to(device).eval())
+    options.check_backend(device)
+    trained = checkpoints.load(args.model, args.checkpoint, args.weights, args.zeros)
+    names = labels.names(args.labels, trained.classes)
+    model = fusedres.optimize_for_inference(trained.net.to(device))
     results: list[dict[str, Any]] = []
     for path in args.images:
         try:
-            image = preprocess(path)
+            image = preprocess(path, trained.format, trained.normalisation)
         except CommandError as error:
             print(f"fusedres: error: {error}", file=sys.stderr)
             results.append({"image": str(path), "error": str(error)})
@@ -70,28 +65,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(results, indent=2))
     return FAILED if any("error" in result for result in results) else 0
-
-
-def _labels(path: Path | None, classes: int) -> list[str] | None:
-    """A name for every class; None where there are none."""
-    if path is not None:
-        try:
-            names = path.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CommandError(f"can't read --labels {path}: {first_line(error)}", USAGE) from error
-        if len(names) != classes:
-            raise CommandError(
-                f"--labels {path} must have {classes} lines, one a class, got {len(names)}", USAGE
-            )
-        return names
-    if classes != _IMAGENET_CLASSES:
-        return None
-    try:
-        from torchvision.models import ResNet50_Weights  # type: ignore[import-untyped,unused-ignore]
-    except ImportError:
-        print("fusedres: note: class names need torchvision, or --labels", file=sys.stderr)
-        return None
-    return list(ResNet50_Weights.DEFAULT.meta["categories"])
 
 
 @torch.inference_mode()

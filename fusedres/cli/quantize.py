@@ -16,12 +16,13 @@ import fusedres
 from fusedres import ops
 from fusedres.cli import checkpoints, images, machine, options
 from fusedres.cli.bench import measure, report
+from fusedres.cli.checkpoints import Trained
 from fusedres.cli.errors import USAGE, CommandError, out_of_memory, writing
-from fusedres.cli.images import CIFAR, IMAGENET, SUFFIXES, Images
-from fusedres.cli.options import DTYPES, MODELS, Commands, add_command, at_least
+from fusedres.cli.images import SUFFIXES, Images
+from fusedres.cli.options import DTYPES, Commands, add_command, at_least
+from fusedres.cli.views import CIFAR, IMAGENET
 from fusedres.inference import OptimizedResNet, onednn
 from fusedres.inference.quantized import QuantizedConv
-from fusedres.models.build import CIFAR as CIFAR_NETS
 from fusedres.training import files
 
 Report = dict[str, Any]
@@ -43,9 +44,9 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         f"Images come from a folder, searched recursively ({' '.join(SUFFIXES)}),\n"
         "or from an .npz with the array images, uint8 [N, H, W, 3]. They are resized to\n"
         f"{IMAGENET.shorter} px on the shorter side and cropped to {IMAGENET.size} px in the centre, for "
-        f"CIFAR's nets resized to\n{CIFAR.size}x{CIFAR.size} px, and normalised as ImageNet's; those of an "
-        ".npz that have the net's size are\nonly normalised. An image that can't be read is reported, "
-        "counted and left out.\n\n"
+        f"CIFAR's nets resized to\n{CIFAR.size}x{CIFAR.size} px, and normalised as ImageNet's, unless the "
+        "checkpoint says otherwise; those of\nan .npz that have the net's size are only normalised. An image "
+        "that can't be read is reported,\ncounted and left out.\n\n"
         "--out is written by torch.export.save: a graph of PyTorch's own operators with 8-bit weights,\n"
         "for fp32 images [N, 3, size, size], that torch.export.load reads without fusedres. It computes\n"
         "what the 8-bit net computes, but in floating point: it is small, not fast. The speed is that\n"
@@ -55,21 +56,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         "  fusedres quantize --model resnet20 --checkpoint resnet20.th --calibration train.npz \\\n"
         "    --evaluate test.npz --layers",
     )
-    models = (*MODELS, *CIFAR_NETS)
-    parser.add_argument(
-        "--model",
-        choices=models,
-        default="resnet50",
-        metavar="MODEL",
-        help=f"{', '.join(MODELS)} or a net for CIFAR: {', '.join(CIFAR_NETS)} (default: resnet50)",
-    )
     checkpoints.add_source(parser)
-    parser.add_argument(
-        "--zeros",
-        choices=("split", "end"),
-        help="where a CIFAR net's shortcuts have their zero channels: on both sides, as in published "
-        "weights, or at the end, as in fusedres.CifarResNet unless told otherwise (default: split)",
-    )
     parser.add_argument(
         "--calibration", type=Path, required=True, metavar="PATH", help="a folder of images or an .npz"
     )
@@ -107,47 +94,34 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     if args.out is not None and args.out.suffix != EXPORTED:
         raise CommandError(f"--out must end in {EXPORTED}, as torch.export.load reads, got {args.out}", USAGE)
-    if args.zeros and args.model not in CIFAR_NETS:
-        raise CommandError(f"--zeros is for CIFAR's nets, {args.model} has no zero channels", USAGE)
     options.check_outputs(args.out, args.json)
-    _check_backend()
+    options.check_backend(torch.device("cpu"))
     remedy = "a smaller --batch or --calibration-images"
     with options.threads(args.threads), out_of_memory(remedy):
-        found, quantised = _quantize(args)
+        trained = checkpoints.load(args.model, args.checkpoint, args.weights, args.zeros)
+        found, quantised = _quantize(args, trained)
         print(render(found))
-        _write(args, found, quantised)
+        _write(args, found, quantised, trained.format.size)
     return 0
 
 
-def _check_backend() -> None:
-    try:
-        ops.choice("bn_act", torch.device("cpu"), torch.float32, ops.forced_backend())
-    except RuntimeError as error:
-        raise CommandError(str(error)) from error
-
-
-def _format(model: str) -> images.Format:
-    return CIFAR if model in CIFAR_NETS else IMAGENET
-
-
-def _quantize(args: argparse.Namespace) -> tuple[Report, OptimizedResNet]:
+def _quantize(args: argparse.Namespace, trained: Trained) -> tuple[Report, OptimizedResNet]:
     """Everything that is found out, and the 8-bit net."""
-    model = checkpoints.load(args.model, args.checkpoint, args.weights, args.zeros or "split").eval()
-    format = _format(args.model)
-    calibration = images.find(args.calibration, format, "--calibration").first(args.calibration_images)
-    tested = args.evaluate and images.find(args.evaluate, format, "--evaluate", model.fc.out_features)
+    model, reads = trained.net, (trained.format, trained.normalisation)
+    calibration = images.find(args.calibration, "--calibration").first(args.calibration_images)
+    tested = args.evaluate and images.find(args.evaluate, "--evaluate", trained.classes)
 
-    seen = [x for x, _ in calibration.batches(READ, "calibration")]
+    seen = [x for x, _ in calibration.batches(READ, "calibration", *reads)]
     before = fusedres.optimize_for_inference(model)
     # both: a ReLU may turn NaN into 0
     if not all(t.isfinite().all() for t in (*before.state_dict().values(), before(seen[0]))):
-        raise CommandError(f"{args.checkpoint or args.weights} gives values that are not finite")
+        raise CommandError(f"{trained.source} gives values that are not finite")
     after = fusedres.quantize_for_inference(model, seen, DTYPES.get(args.dtype))
     # on its first batch, so that what was measured for the layers is of its shape
     speed = _speed(fusedres.optimize_for_inference(model, after.dtype), after, _timed(seen, args.batch))
     layers = _layers(after, seen[0][:1])
     batches: Iterable[tuple[Tensor, Tensor | None]] = (
-        tested.batches(READ, "evaluation") if tested else ((x, None) for x in seen)
+        tested.batches(READ, "evaluation", *reads) if tested else ((x, None) for x in seen)
     )
     found = {
         "command": args.command_line,
@@ -155,9 +129,9 @@ def _quantize(args: argparse.Namespace) -> tuple[Report, OptimizedResNet]:
         "versions": machine.versions(),
         "machine": machine.facts(torch.device("cpu")),
         "settings": {
-            "model": args.model,
-            "weights": str(args.checkpoint or args.weights),
-            "zeros": (args.zeros or "split") if args.model in CIFAR_NETS else None,
+            "model": trained.name,
+            "weights": trained.source,
+            "zeros": trained.zeros,
             "dtype": _NAMES[after.dtype],
             "layers": args.layers,
         },
@@ -254,9 +228,9 @@ def _bytes(net: nn.Module) -> int:
     return sum(t.numel() * t.itemsize for t in net.state_dict().values())
 
 
-def _write(args: argparse.Namespace, found: Report, net: OptimizedResNet) -> None:
+def _write(args: argparse.Namespace, found: Report, net: OptimizedResNet, size: int) -> None:
     if args.out is not None:
-        exported = _exported(net, _format(args.model).size)
+        exported = _exported(net, size)
         with writing(args.out), files.atomic(args.out) as temporary:
             temporary.write_bytes(exported)
         found["file"] = {"path": str(args.out), "bytes": len(exported)}

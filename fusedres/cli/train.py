@@ -192,13 +192,7 @@ def _check_outputs(args: argparse.Namespace, out: Path | None) -> None:
         require("torch.utils.tensorboard", "--tensorboard", "tensorboard")
     options.check_outputs(args.json)
     if out is not None:
-        folder = out
-        while not folder.exists():
-            folder = folder.absolute().parent
-        try:
-            files.check_writable(folder / checkpoint.LAST)
-        except OSError as error:
-            raise CommandError(str(error), USAGE) from error
+        options.check_folder(out)
 
 
 def _plan(args: argparse.Namespace, state: dict[str, Any] | None, device: torch.device) -> tuple[Run, Data]:

@@ -16,8 +16,9 @@ from fusedres.training import files
 
 VERSION = 1
 LAST, WEIGHTS = "last.pt", "model.safetensors"
+# in a .safetensors: the metadata, as JSON, and the prefix of the normalisation's tensors
 METADATA = "fusedres"
-_NORMALISATION = "normalisation."
+NORMALISATION = "normalisation."
 
 
 class CheckpointError(ValueError):
@@ -72,7 +73,7 @@ def save_weights(path: Path, model: Mapping[str, Tensor], facts: Mapping[str, An
         OSError: it can't be written; the file that was there is still there.
     """
     tensors = {name: tensor.contiguous() for name, tensor in model.items()}
-    tensors |= {f"{_NORMALISATION}{name}": value for name, value in facts["normalisation"].items()}
+    tensors |= {f"{NORMALISATION}{name}": value for name, value in facts["normalisation"].items()}
     others = {name: value for name, value in facts.items() if name != "normalisation"}
     metadata = {METADATA: json.dumps(others)}
     with files.atomic(path) as temporary:
