@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cifar_data import WEIGHTS
 
+import fusedres
 from fusedres.cli import main
-from fusedres.cli.experiment import comparison, series
+from fusedres.cli.experiment import comparison, responses, series
 from fusedres.cli.experiment.paper import CIFAR, IMAGENET_10_CROP
 from fusedres.training import checkpoint, recipe
 from fusedres.training.data import open_data
@@ -198,4 +200,58 @@ def test_no_images(tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
     assert main(command("depth", tmp_path, file)) == 2
-    assert "--out" in capsys.readouterr().err
+    assert "is no directory" in capsys.readouterr().err
+
+
+# layer responses
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_layer_responses(plain):
+    """Of every batch norm, written out from the block's children."""
+    torch.manual_seed(0)
+    net = fusedres.CifarResNet(8, plain=plain).eval()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight)
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+    batches = [torch.randn(5, 3, 16, 16), torch.randn(3, 3, 16, 16)]
+    expected = {}
+    with torch.inference_mode():
+        x = net.bn1(net.conv1(torch.cat(batches)))
+        expected["bn1"] = x.std(correction=0)
+        x = x.relu()
+        for stage in ("layer1", "layer2", "layer3"):
+            block = getattr(net, stage)[0]
+            first = block.bn1(block.conv1(x))
+            second = block.bn2(block.conv2(first.relu()))
+            expected[f"{stage}.0.bn1"], expected[f"{stage}.0.bn2"] = (
+                first.std(correction=0),
+                second.std(correction=0),
+            )
+            x = net.get_submodule(stage)(x)
+    found = responses.layer_responses(net, batches)
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(float(value), rel=1e-4), name
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_responses_of_trained_nets(data, tmp_path, capsys):
+    """The deeper net's are smaller, as in figure 7."""
+    out = tmp_path / "out"
+    nets = [
+        arg
+        for depth in (20, 56)
+        for arg in ("--model", f"resnet{depth}", "--checkpoint", data / WEIGHTS[depth])
+    ]
+    argv = ["experiment", "responses", *nets, "--data", data / "cifar10_test.npz", "--out", out]
+    assert main(list(map(str, argv))) == 0
+    mean = json.loads((out / "result.json").read_text())["mean"]
+    assert mean["resnet20"] == pytest.approx(0.732, abs=2e-3)
+    assert mean["resnet56"] == pytest.approx(0.454, abs=2e-3)
+    assert "0.732" in capsys.readouterr().out
+    with (out / "responses.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [sum(row["net"] == net for row in found) for net in mean] == [19, 55]
+    assert (out / "responses.png").stat().st_size > 10_000

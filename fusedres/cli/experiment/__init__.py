@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from fusedres.cli.experiment import comparison
+from fusedres.cli.experiment import comparison, responses
 from fusedres.cli.options import Commands, add_command
 
-EXPERIMENTS = comparison.EXPERIMENTS
+EXPERIMENTS = (*comparison.EXPERIMENTS, responses.EXPERIMENT)
 
 
 def add_parser(commands: Commands) -> argparse.ArgumentParser:

@@ -93,7 +93,7 @@ class Comparison:
     def run(self, args: argparse.Namespace) -> int:
         require("matplotlib", f"experiment {self.name}")
         device = options.device(args.device)
-        _check_folder(args.out)
+        options.check_folder(args.out)
         entries = self.entries(args.nets)
         of = Series(
             entries,
@@ -154,15 +154,6 @@ class Comparison:
         with writing(result), files.atomic(result) as temporary:
             temporary.write_text(json.dumps(found, indent=2) + "\n")
         print(f"wrote {picture}, {args.out / series.CURVES}, {result}")
-
-
-def _check_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise CommandError(f"--out {out} must be a folder", USAGE)
-    folder = out
-    while not folder.exists():
-        folder = folder.absolute().parent
-    options.check_outputs(folder / series.CURVES)
 
 
 def _plain_and_residual(nets: list[str]) -> list[Entry]:
