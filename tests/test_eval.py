@@ -14,6 +14,7 @@ from cifar_data import WEIGHTS, trained
 from cifar_data import images as cifar_images
 from test_inference import seasoned
 from torch import Tensor, nn
+from views_case import logits, mean_probabilities, mirrored, one_crop, resized, ten_crops, whole
 
 import fusedres
 from fusedres.cli import eval as command
@@ -23,7 +24,6 @@ from fusedres.training.normalise import Normalisation
 CLASSES = 6
 # one thread: what waits for another one takes long on a busy machine
 QUICK = ("--threads", "1", "--device", "cpu")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = [(300, 260), (260, 300), (250, 250), (300, 260), (100, 90), (240, 400), (300, 260), (331, 97)]  # h, w
 
 
@@ -58,62 +58,6 @@ def evaluate(
         return Ran(json.loads(path.read_text()), scores, *capsys.readouterr())
 
     return run
-
-
-# the oracle: views as pillow makes them, one call of the net for each
-
-
-def resized(image: Any, shorter: int) -> Any:
-    from PIL import Image
-
-    width, height = image.size
-    if width <= height:
-        size = (shorter, int(shorter * height / width))
-    else:
-        size = (int(shorter * width / height), shorter)
-    return image.resize(size, Image.Resampling.BILINEAR)
-
-
-def one_crop(image: Any, size: int, shorter: int) -> list[Any]:
-    image = resized(image, shorter)
-    left, top = (int(round((side - size) / 2.0)) for side in image.size)
-    return [image.crop((left, top, left + size, top + size))]
-
-
-def ten_crops(image: Any, size: int, shorter: int) -> list[Any]:
-    image = resized(image, shorter)
-    width, height = image.size
-    left, top = (int(round((side - size) / 2.0)) for side in image.size)
-    corners = [(0, 0), (width - size, 0), (0, height - size), (width - size, height - size), (left, top)]
-    crops = [image.crop((x, y, x + size, y + size)) for x, y in corners]
-    return crops + [mirrored(crop) for crop in crops]
-
-
-def whole(image: Any, scales: tuple[int, ...]) -> list[Any]:
-    views = [resized(image, scale) for scale in scales]
-    return views + [mirrored(view) for view in views]
-
-
-def mirrored(image: Any) -> Any:
-    from PIL import ImageOps
-
-    return ImageOps.mirror(image)
-
-
-@torch.no_grad()
-def logits(net: nn.Module, image: Any) -> Tensor:
-    """[classes]"""
-    x = torch.from_numpy(np.asarray(image).copy()).float().permute(2, 0, 1)[None] / 255
-    x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    with fusedres.backend("reference"):
-        return net(x)[0]
-
-
-def mean_probabilities(net: nn.Module, views: list[Any]) -> Tensor:
-    total = torch.zeros(net.fc.out_features)
-    for view in views:
-        total += logits(net, view).softmax(0)
-    return total / len(views)
 
 
 def assert_same(scores: Tensor, expected: list[Tensor]) -> None:
@@ -247,6 +191,34 @@ def test_logits_are_averaged_when_asked_for(of_photos: Any, net: nn.Module, phot
     assert_same(ran.scores, expected)
     probabilities = torch.stack([mean_probabilities(net, of_image) for of_image in views])
     assert (torch.stack(expected).softmax(1) - probabilities).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("argv", "batch", "largest"),
+    [
+        # of the 8 photographs 3 have one size; mirror images go with them
+        (("--crops", "full", "--scales", "64"), 8, 6),
+        (("--crops", "full", "--scales", "64"), 5, 4),
+        (("--crops", "full", "--scales", "64"), 1, 1),
+        (("--crops", "10", "--size", "64"), 25, 20),
+        (("--crops", "10", "--size", "64"), 3, 2),
+        (("--size", "64"), 5, 5),
+    ],
+)
+def test_views_of_one_size_share_a_call(
+    argv: tuple[str, ...], batch: int, largest: int, of_photos: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    optimise = fusedres.optimize_for_inference
+
+    def spy(*given: Any, **settings: Any) -> nn.Module:
+        net = optimise(*given, **settings)
+        net.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))
+        return net
+
+    monkeypatch.setattr(fusedres, "optimize_for_inference", spy)
+    of_photos(*argv, "--batch", batch)
+    assert max(seen) == largest <= batch
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

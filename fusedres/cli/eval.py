@@ -41,7 +41,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         "images, uint8 [N, H, W, 3], and labels, integers [N]. Size and normalisation are what the\n"
         "checkpoint says, or ImageNet's; CIFAR's nets read 32x32 px. An image that can't be read is\n"
         "reported, counted and left out.",
-        example="fusedres eval --model resnet50 --weights DEFAULT --data imagenet/val --crops 10\n"
+        example="fusedres eval --model resnet50 --weights IMAGENET1K_V1 --data imagenet/val --crops 10\n"
         "  fusedres eval --model resnet20 --checkpoint resnet20.th --data test.npz --per-class\n"
         "  fusedres eval --model resnet34 --model resnet50 --checkpoint 34.pt --checkpoint 50.pt \\\n"
         "    --data imagenet/val --crops full --json full.json",
