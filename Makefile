@@ -57,9 +57,9 @@ test-emulated: .venv/ready
 	[ $$status = 0 ] && env $$variables $(BIN)/python -m pytest tests/emulation tests/test_gpu_kernels.py \
 		tests/test_bn_relu_maxpool.py tests/test_bias_relu_maxpool.py tests/test_global_avg_pool.py tests/test_cast_weights.py
 
-# a plain install without nvcc, Triton and torchvision, on another PyTorch
+# a plain install without nvcc, Triton and torchvision, on another PyTorch; the real data are test-main's
 test-core: .venv-core/ready
-	$(PARALLEL) $(CORE_BIN)/python -m pytest -n auto --dist loadgroup tests --durations=5 --ignore tests/test_cuda_codegen.py
+	FUSEDRES_DATA= $(PARALLEL) $(CORE_BIN)/python -m pytest -n auto --dist loadgroup tests --durations=5 --ignore tests/test_cuda_codegen.py
 
 # every configuration of every kernel for every architecture
 codegen: .venv/ready
