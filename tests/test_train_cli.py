@@ -239,6 +239,13 @@ def test_runs_that_can_not_be_gone_on_with(images, tmp_path, capsys):
     assert status == 2 and "--lr can't be given with --resume" in line
     status, line = fails(capsys, "train", "--resume", tmp_path)
     assert status == 1 and "there is no checkpoint" in line
+    archive = images / "train.npz"
+    content = archive.read_bytes()
+    with numpy.load(archive) as arrays:
+        numpy.savez(archive, images=arrays["images"][:32], labels=arrays["labels"][:32])
+    status, line = fails(capsys, "train", "--resume", out)
+    assert status == 2 and "began with 64 training images of 3 classes, now" in line and "has 32 of 3" in line
+    archive.write_bytes(content)
     (out / "last.pt").write_bytes((out / "last.pt").read_bytes()[:4000])
     status, line = fails(capsys, "train", "--resume", out)
     assert status == 1 and "last.pt is damaged, or no checkpoint" in line

@@ -27,7 +27,7 @@ from fusedres.training.run import Run
 from fusedres.training.schedule import Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TEST_BATCH = 500
+TEST_BATCHES = 2  # images in a test, by those in a step: nothing is kept for a backward
 SYNC = 20  # iterations between two looks at the loss, for which a GPU has to be waited
 
 # iteration, loss and learning rate
@@ -142,6 +142,7 @@ class Trainer:
         return {
             "net": dataclasses.asdict(self.net),
             "classes": self.data.classes,
+            "images": len(self.data.train),
             "normalisation": self.data.normalisation.state_dict(),
             "size": self.data.size,
             "resize": self.data.resize,
@@ -173,7 +174,18 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave."""
+        """Go on from what ``state_dict`` gave.
+
+        Raises:
+            ValueError: the images are others than they were.
+        """
+        was = len(state["classes"]), state["images"]
+        now = len(self.data.classes), len(self.data.train)
+        if was != now or state["classes"] != self.data.classes:
+            raise ValueError(
+                f"the run began with {was[1]:,} training images of {was[0]} classes, "
+                f"now {self.run.data} has {now[1]:,} of {now[0]}"
+            )
         self.model.load_state_dict(state["model"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
@@ -318,7 +330,8 @@ class Trainer:
         """The mean loss, and the share of the images that is classified wrong, by the net that is kept."""
         net = self.kept.eval()
         totals = torch.zeros_like(self.totals)
-        for x, labels in images.batches(TEST_BATCH, self.processes.rank, self.processes.count):
+        size = TEST_BATCHES * self.run.recipe.batch // self.processes.count
+        for x, labels in images.batches(size, self.processes.rank, self.processes.count):
             with self._autocast():
                 logits = net(x).float()
             loss = F.cross_entropy(logits, labels, reduction="sum")

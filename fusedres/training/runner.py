@@ -72,7 +72,7 @@ def train(
 
     Raises:
         DataError: an image can't be read.
-        ValueError: the run doesn't fit the images.
+        ValueError: the run doesn't fit the images, or they are others than when it began.
         OSError: a file can't be written; the last checkpoint stays.
         FloatingPointError: the loss is not finite; the last checkpoint stays.
         Interrupted: the run was asked to stop; its checkpoint is up to date.
@@ -86,7 +86,8 @@ def train(
     if settings.board and writer.out is not None:
         board = log.Board(writer.out / log.BOARD, trainer.progress.iteration)
         trainer.watch = board.step
-    with stop_between_steps(alone=processes.count == 1) as stop, contextlib.closing(board or _Nothing()):
+    closed = contextlib.nullcontext() if board is None else contextlib.closing(board)
+    with stop_between_steps(alone=processes.count == 1) as stop, closed:
         for epoch in trainer:
             due = epoch is not None or trainer.progress.iteration % settings.save_every == 0
             if due or stop.asked:
@@ -98,10 +99,6 @@ def train(
             if stop.asked and not trainer.is_done:
                 raise Interrupted
     writer.finish()
-
-
-class _Nothing:
-    def close(self) -> None: ...
 
 
 class Writer:
