@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,7 @@ def _train(
         for epoch in runner.train(run, data, settings, processes, state):
             history.append(epoch)
             if processes.is_first:
-                print(epoch, flush=True)
+                print(f"{epoch}{_left(epoch, run, data)}", flush=True)
     except FloatingPointError as error:
         raise CommandError(f"{error}: try a smaller --lr{_last(settings.out)}") from error
     except DataError as error:
@@ -253,6 +254,13 @@ def _train(
     except OSError as error:
         raise CommandError(f"can't write to {settings.out}: {error}{_last(settings.out)}") from error
     return history
+
+
+def _left(epoch: Epoch, run: Run, data: Data) -> str:
+    """How long the rest takes at the speed so far."""
+    length = run.recipe.length(len(data.train) // run.recipe.batch)
+    seconds = round(epoch.seconds / epoch.iteration * (length - epoch.iteration))
+    return f"  {datetime.timedelta(seconds=seconds)} left" if seconds else ""
 
 
 def _last(out: Path | None) -> str:

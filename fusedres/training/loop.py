@@ -238,7 +238,7 @@ class Trainer:
         return tqdm(
             total=self.steps,
             initial=self.progress.step,
-            desc=f"epoch {self.progress.epoch + 1}",
+            desc=f"epoch {self.progress.epoch + 1}/{math.ceil(self.length / self.steps)}",
             unit="img",
             unit_scale=self.run.recipe.batch,
             disable=None if self.processes.is_first else True,
