@@ -1,6 +1,7 @@
 """Fused batch norm, ReLU and residual add for ResNets, as drop-in PyTorch modules and functions."""
 
 from fusedres import functional
+from fusedres._convert import convert, coverage, revert
 from fusedres._explain import explain
 from fusedres._version import __version__
 from fusedres.inference import optimize_for_inference, quantize_for_inference
@@ -31,6 +32,8 @@ __all__ = [
     "ResNet152",
     "__version__",
     "backend",
+    "convert",
+    "coverage",
     "explain",
     "functional",
     "optimize_for_inference",
@@ -40,4 +43,5 @@ __all__ = [
     "resnet50",
     "resnet101",
     "resnet152",
+    "revert",
 ]

@@ -68,7 +68,7 @@ ALTERATIONS = {
     ),
     "another shortcut": (
         replaced("downsample", nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16))),
-        "the shortcut is a Sequential",
+        "the shortcut is not a convolution and a norm: Sequential",
     ),
 }
 

@@ -20,6 +20,7 @@ PACKAGE = Path(fusedres.__file__).parent
 LAYERS = [
     "cli",
     "training",
+    "_convert",
     "models",
     "_explain",
     "inference",

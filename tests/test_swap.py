@@ -66,7 +66,7 @@ def test_three_steps_of_a_training_script(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_every_other_snippet_of_the_readme_runs() -> None:
-    assert snippets().keys() == {"swap", "op", "inference"}
+    assert snippets().keys() == {"swap", "convert", "op", "inference"}
     names: dict[str, Any] = {}
     exec(snippets()["op"], names)
     assert names["z"].shape == names["x"].shape and names["bn"].running_mean.abs().sum() > 0
@@ -78,3 +78,12 @@ def test_every_other_snippet_of_the_readme_runs() -> None:
     for logits, allowed in ((names["logits"], 0.03), (names["logits_of_8_bits"], 0.15)):
         assert logits.dtype == torch.float32
         assert (logits - expected).norm() <= allowed * expected.norm()
+
+
+def test_the_snippet_that_converts(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision")
+    names: dict[str, Any] = {}
+    exec(snippets()["convert"], names)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 17 and all(line.endswith(": fused") for line in lines)
+    assert not any(entry.fused for entry in fusedres.coverage(names["model"]))

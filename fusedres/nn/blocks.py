@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,39 @@ def conv1x1(inplanes: int, planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inplanes, planes, 1, stride, bias=False)
 
 
-class BasicBlock(TraceForScript):
+class Residual:
+    """The forward of a residual block, for a module with ``pairs``, ``relu`` and ``downsample``."""
+
+    pairs: Pairs
+    relu: nn.Module
+    downsample: nn.Module | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        fused = fused_chain(self.pairs, self.relu, x, self.downsample)
+        if fused is not None:
+            return fused
+        out, last = x, len(self.pairs) - 1
+        for conv, norm in self.pairs[:last]:
+            out = batch_norm_act(norm, self.relu, convolve(conv, out))
+        conv, norm = self.pairs[last]
+        return batch_norm_act(norm, self.relu, convolve(conv, out), *shortcut(self.downsample, x))
+
+    def unfused_reason(self) -> str | None:
+        """Why the block doesn't run as one Function, whatever its input; None if it does."""
+        return unfused_chain_reason(self.pairs, self.relu, self.downsample)
+
+
+def basic_pairs(block: Any) -> Pairs:
+    """The convolutions of a basic block, each with the norm behind it."""
+    return ((block.conv1, block.bn1), (block.conv2, block.bn2))
+
+
+def bottleneck_pairs(block: Any) -> Pairs:
+    """The convolutions of a bottleneck, each with the norm behind it."""
+    return (*basic_pairs(block), (block.conv3, block.bn3))
+
+
+class BasicBlock(Residual, TraceForScript):
     """Two 3x3 convolutions and a shortcut (He et al. 2015, figure 5 left).
 
     Args:
@@ -92,18 +124,7 @@ class BasicBlock(TraceForScript):
         self.downsample = downsample
         self.stride = stride
 
-    @property
-    def pairs(self) -> Pairs:
-        """The convolutions, each with the norm behind it."""
-        return ((self.conv1, self.bn1), (self.conv2, self.bn2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        fused = fused_chain(self.pairs, self.relu, x, self.downsample)
-        if fused is not None:
-            return fused
-        out = batch_norm_act(self.bn1, self.relu, convolve(self.conv1, x))
-        out = convolve(self.conv2, out)
-        return batch_norm_act(self.bn2, self.relu, out, *shortcut(self.downsample, x))
+    pairs = property(basic_pairs)
 
 
 class PlainBlock(BasicBlock):
@@ -116,8 +137,11 @@ class PlainBlock(BasicBlock):
         out = batch_norm_act(self.bn1, self.relu, convolve(self.conv1, x))
         return batch_norm_act(self.bn2, self.relu, convolve(self.conv2, out))
 
+    def unfused_reason(self) -> str | None:
+        return unfused_chain_reason(self.pairs, self.relu)
 
-class Bottleneck(TraceForScript):
+
+class Bottleneck(Residual, TraceForScript):
     """1x1, 3x3 and 1x1 convolutions and a shortcut (He et al. 2015, figure 5 right).
 
     Args:
@@ -170,24 +194,9 @@ class Bottleneck(TraceForScript):
         self.downsample = downsample
         self.stride = stride
 
-    @property
-    def pairs(self) -> Pairs:
-        """The convolutions, each with the norm behind it."""
-        return ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        fused = fused_chain(self.pairs, self.relu, x, self.downsample)
-        if fused is not None:
-            return fused
-        out = batch_norm_act(self.bn1, self.relu, convolve(self.conv1, x))
-        out = batch_norm_act(self.bn2, self.relu, convolve(self.conv2, out))
-        out = convolve(self.conv3, out)
-        return batch_norm_act(self.bn3, self.relu, out, *shortcut(self.downsample, x))
+    pairs = property(bottleneck_pairs)
 
 
 def unfused_block_reason(block: nn.Module) -> str | None:
     """Why a residual block doesn't run as one Function, whatever its input; None if it does, or is none."""
-    if not isinstance(block, BasicBlock | Bottleneck):
-        return None
-    downsample = None if isinstance(block, PlainBlock) else block.downsample
-    return unfused_chain_reason(block.pairs, block.relu, downsample)
+    return block.unfused_reason() if isinstance(block, Residual) else None

@@ -58,7 +58,7 @@ def unfused_chain_reason(pairs: Pairs, act: nn.Module, downsample: nn.Module | N
     if projection is not None:
         pairs = (*pairs, projection)
     elif downsample is not None and type(downsample) is not PadShortcut:
-        return f"the shortcut is a {type(downsample).__name__}"
+        return f"the shortcut is not a convolution and a norm: {type(downsample).__name__}"
     if downsample is not None:
         why = altered(downsample)
         if why is not None:

@@ -43,6 +43,21 @@ def _is_pool(pool: nn.Module) -> bool:
     )
 
 
+def unfused_stem_reason(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: nn.Module) -> str | None:
+    """Why a stem doesn't run as one Function, whatever its input; None if it does.
+
+    Args:
+        conv: as of :func:`stem`, and so are the others.
+    """
+    if not _is_convolution(conv):
+        return "the stem's convolution is not a plain 7x7 of stride 2 and padding 3"
+    if not _is_pool(pool):
+        return "the stem's pool is not a plain 3x3 max pool of stride 2 and padding 1"
+    if type(act) is not nn.ReLU:
+        return f"the activation is a {type(act).__name__}, not an nn.ReLU"
+    return unfused_reason(norm, act)
+
+
 def stem(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
     """``pool(act(norm(conv(x))))``: as one where nothing speaks against it.
 
@@ -57,11 +72,8 @@ def stem(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: nn.Module, x: T
     if (
         traced(x) is None
         and x.dim() == 4
-        and _is_convolution(conv)
-        and _is_pool(pool)
-        and type(act) is nn.ReLU
+        and unfused_stem_reason(conv, norm, act, pool) is None
         and not is_frozen(norm)  # whether it promotes, its input's dtype decides
-        and unfused_reason(norm, act) is None
     ):
         weight = weight_of(conv, x)
         return functional.stem(x, functional.ConvNorm(weight, batch_norm_of(norm), 2))

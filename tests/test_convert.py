@@ -1,0 +1,279 @@
+"""torchvision's and timm's nets with fused forwards: their results, their keys, and back."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fused_ops import FusedOps
+from torch import Tensor, nn
+
+import fusedres
+
+pytest.importorskip("torchvision")
+models: Any = importlib.import_module("torchvision.models")
+
+
+def torchvision_net(name: str, **arguments: Any) -> Callable[[], nn.Module]:
+    return lambda: getattr(models, name)(num_classes=5, **arguments)
+
+
+def timm_net(name: str, **arguments: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        timm = pytest.importorskip("timm")
+        return timm.create_model(name, **({"num_classes": 5} | arguments))  # type: ignore[no-any-return]
+
+    return make
+
+
+# how many blocks and stems there are, and how many of them are fused
+NETS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "resnet18": (torchvision_net("resnet18"), 9, 9),
+    "resnet50": (torchvision_net("resnet50"), 17, 17),
+    "wide_resnet50_2": (torchvision_net("wide_resnet50_2"), 17, 17),
+    "resnext50": (torchvision_net("resnext50_32x4d"), 17, 17),
+    "dilated": (torchvision_net("resnet50", replace_stride_with_dilation=[False, True, True]), 17, 17),
+    "timm resnet18": (timm_net("resnet18"), 9, 9),
+    "timm resnet50": (timm_net("resnet50"), 17, 17),
+    "timm resnet26d": (timm_net("resnet26d"), 9, 4),
+    "timm resnetrs50": (timm_net("resnetrs50"), 17, 0),
+    "timm features": (timm_net("resnet18", features_only=True, num_classes=1000), 8, 8),
+}
+
+
+def outputs(out: Any) -> list[Tensor]:
+    if isinstance(out, Tensor):
+        return [out]
+    return list(out.values()) if isinstance(out, dict) else list(out)
+
+
+def twins(name: str) -> tuple[nn.Module, nn.Module]:
+    """The library's net, and a converted copy; statistics as after some training."""
+    torch.manual_seed(0)
+    net = NETS[name][0]()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.8, 1.2)
+            nn.init.uniform_(module.weight, 0.5, 1)
+    return net, fusedres.convert(net, inplace=False)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_coverage(name):
+    make, total, fused = NETS[name]
+    net = make()
+    before = fusedres.coverage(net)
+    assert len(before) == total and not any(entry.fused for entry in before)
+    converted = fusedres.convert(net)
+    assert converted is net
+    entries = fusedres.coverage(net)
+    assert len(entries) == total and sum(entry.fused for entry in entries) == fused
+    assert [entry.name for entry in entries] == [entry.name for entry in before]
+    assert all((entry.reason is None) == entry.fused for entry in entries)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", NETS)
+def test_results_are_the_librarys(name, training):
+    """Outputs, all gradients and statistics, in float64."""
+    theirs, ours = twins(name)
+    theirs, ours = theirs.double().train(training), ours.double().train(training)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for net in (theirs, ours):
+        torch.manual_seed(1)  # of drop paths
+        sum(out.square().mean() for out in outputs(net(x))).backward()
+    torch.manual_seed(1)
+    expected = outputs(theirs(x))
+    torch.manual_seed(1)
+    for found, out in zip(outputs(ours(x)), expected, strict=True):
+        torch.testing.assert_close(found, out)
+    for (key, p), q in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+        if p.grad is not None:
+            torch.testing.assert_close(q.grad, p.grad, msg=key)
+    for (key, a), b in zip(theirs.state_dict().items(), ours.state_dict().values(), strict=True):
+        torch.testing.assert_close(b, a, msg=key)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm resnet18"])
+def test_the_fused_path_runs(name):
+    theirs, ours = twins(name)
+    x = torch.randn(2, 3, 32, 32)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in ours.modules())
+    with fusedres.backend("reference"), FusedOps() as calls:
+        theirs(x)
+        assert calls.batch_norms == 0
+        ours(x)
+    assert calls.batch_norms == norms
+
+
+@pytest.mark.parametrize("name", ["resnet50", "timm resnet26d"])
+def test_revert_restores_the_model(name):
+    theirs, ours = twins(name)
+    kinds = [type(module) for module in theirs.modules()]
+    assert [type(module) for module in ours.modules()] != kinds
+    assert fusedres.revert(ours) is ours
+    assert [type(module) for module in ours.modules()] == kinds
+    assert vars(ours).keys() == vars(theirs).keys()
+    fusedres.revert(theirs)
+    assert [type(module) for module in theirs.modules()] == kinds
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm resnet18"])
+def test_converting_twice_and_copying(name):
+    _, ours = twins(name)
+    kinds = [type(module) for module in ours.modules()]
+    fusedres.convert(ours, strict=True)
+    assert [type(module) for module in ours.modules()] == kinds
+    buffer = io.BytesIO()
+    torch.save(ours, buffer)
+    buffer.seek(0)
+    x = torch.randn(1, 3, 32, 32)
+    expected = ours.eval()(x)
+    loaded = torch.load(buffer, weights_only=False)
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), loaded.eval()):
+        assert [type(module) for module in twin.modules()] == kinds
+        assert torch.equal(twin(x), expected)
+    assert isinstance(ours.layer1[0], NETS[name][0]().layer1[0].__class__)
+    assert type(ours.layer1[0]).__module__.startswith("fusedres._convert")
+
+
+def test_a_filter():
+    net = models.resnet18()
+    fusedres.convert(net, lambda name, module: name.startswith("layer2"))
+    assert [entry.name for entry in fusedres.coverage(net) if entry.fused] == ["layer2.0", "layer2.1"]
+    fusedres.convert(net, lambda name, module: name == "stem")
+    assert sum(entry.fused for entry in fusedres.coverage(net)) == 3
+
+
+def test_a_copy_leaves_the_model_alone():
+    net = models.resnet18()
+    twin = fusedres.convert(net, inplace=False)
+    assert type(net.layer1[0]) is models.resnet.BasicBlock and twin is not net
+    assert not any(entry.fused for entry in fusedres.coverage(net))
+
+
+def test_what_can_not_be_fused_stays_and_says_why():
+    net = models.resnet18(norm_layer=lambda channels: nn.GroupNorm(4, channels))
+    kinds = [type(module) for module in net.modules()]
+    fusedres.convert(net)
+    assert [type(module) for module in net.modules()] == kinds
+    assert all("GroupNorm, not an nn.BatchNorm2d" in str(entry) for entry in fusedres.coverage(net))
+    with pytest.raises(ValueError, match="9 of 9 can't be fused, first stem: the norm is a GroupNorm"):
+        fusedres.convert(net, strict=True)
+
+
+def test_strict_changes_nothing_where_a_part_can_not_be_fused():
+    net = models.resnet18()
+    net.layer3[1].relu = nn.GELU()
+    with pytest.raises(ValueError, match="1 of 9 can't be fused, first layer3.1: the activation is a GELU"):
+        fusedres.convert(net, strict=True)
+    assert not any(entry.fused for entry in fusedres.coverage(net))
+    fusedres.convert(net)
+    assert [entry.name for entry in fusedres.coverage(net) if not entry.fused] == ["layer3.1"]
+
+
+def test_nothing_to_convert():
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    with pytest.warns(UserWarning, match="Sequential has no residual block or stem of torchvision or timm"):
+        assert fusedres.convert(net) is net
+    with pytest.raises(ValueError, match="no residual block"):
+        fusedres.convert(net, strict=True)
+    assert fusedres.coverage(net) == []
+
+
+def test_our_own_nets_are_fused_already():
+    net = fusedres.ResNet18()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fusedres.convert(net, strict=True)
+    entries = fusedres.coverage(net)
+    assert len(entries) == 9 and all(entry.fused for entry in entries) and entries[0].name == "stem"
+    net.layer1[0].bn1.register_forward_hook(lambda *a: None)
+    assert {e.name: e.reason for e in fusedres.coverage(net) if not e.fused} == {
+        "layer1.0": "the norm has a hook"
+    }
+
+
+@pytest.mark.parametrize(("name", "act"), [("resnet18", "relu"), ("timm resnet18", "act1")])
+def test_a_change_after_the_conversion_is_followed(name, act):
+    """A hook, another activation: the block runs child by child, with the library's results."""
+    theirs, ours = twins(name)
+    seen = []
+    for net in (theirs, ours):
+        setattr(net.layer1[0], act, nn.Tanh())
+        net.layer2[0].bn1.register_forward_hook(lambda module, given, out: seen.append(out))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-5)
+    unfused = [entry.name for entry in fusedres.coverage(ours) if not entry.fused]
+    assert unfused == ["layer1.0", "layer2.0"]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm resnet18"])
+@pytest.mark.filterwarnings("ignore:The TorchScript type system")
+def test_traced_and_scripted(name):
+    theirs, ours = twins(name)
+    x = torch.randn(1, 3, 32, 32)
+    expected = theirs.eval()(x)
+    graph = torch.fx.symbolic_trace(ours.eval())
+    torch.testing.assert_close(graph(x), expected, rtol=1e-4, atol=1e-5)
+    assert sum(node.op == "call_module" for node in graph.graph.nodes) > 50
+    torch.testing.assert_close(torch.jit.script(ours)(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.jit.trace(ours, x)(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_detectors_and_segmentation_nets():
+    for net in (
+        models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None),
+        models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None),
+    ):
+        entries = fusedres.coverage(fusedres.convert(net))
+        assert len(entries) == 17 and all(entry.fused for entry in entries)
+    assert {"backbone.stem", "backbone.layer4.2"} <= {entry.name for entry in entries}
+
+
+def test_outputs_of_a_segmentation_net():
+    torch.manual_seed(0)
+    theirs = (
+        models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=3).double().eval()
+    )
+    ours = fusedres.convert(theirs, inplace=False)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(ours(x)["out"], theirs(x)["out"])
+    getter = models._utils.IntermediateLayerGetter(models.resnet18(), {"relu": "early", "layer2": "late"})
+    getter.double().eval()
+    expected = getter(x)
+    fusedres.convert(getter)
+    assert fusedres.coverage(getter)[0].reason == "it has no stem, or gives parts of it"
+    for name, out in getter(x).items():
+        torch.testing.assert_close(out, expected[name])
+
+
+def test_what_timms_nets_are_used_for():
+    """Features, intermediates, checkpointing and another classifier."""
+    theirs, ours = twins("timm resnet50")
+    theirs, ours = theirs.double(), ours.double()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(ours.forward_features(x), theirs.forward_features(x))
+    for found, expected in zip(
+        ours.forward_intermediates(x)[1], theirs.forward_intermediates(x)[1], strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+    for net in (theirs, ours):
+        net.set_grad_checkpointing()
+        torch.manual_seed(0)
+        net.reset_classifier(7)
+        net.zero_grad()
+        net.double()(x).square().sum().backward()
+    for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad)
+    assert [f["module"] for f in ours.feature_info] == [f["module"] for f in theirs.feature_info]
