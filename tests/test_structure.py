@@ -19,7 +19,9 @@ PACKAGE = Path(fusedres.__file__).parent
 # each layer may import from those after it, and from itself
 LAYERS = [
     "cli",
+    "experiments",
     "training",
+    "detection",
     "models",
     "_explain",
     "inference",

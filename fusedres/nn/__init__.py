@@ -12,6 +12,7 @@ from fusedres.nn.blocks import (
     unfused_block_reason,
 )
 from fusedres.nn.casts import cast_weights, convolve
+from fusedres.nn.frozen import FrozenBatchNorm2d
 from fusedres.nn.fuse import batch_norm_act, global_avg_pool, unfused_reason
 from fusedres.nn.shortcut import PadShortcut, Zeros, one_of, shortcut
 from fusedres.nn.stem import batch_norm_act_maxpool, stem
@@ -19,6 +20,7 @@ from fusedres.nn.stem import batch_norm_act_maxpool, stem
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "FrozenBatchNorm2d",
     "NormLayer",
     "PadShortcut",
     "PlainBlock",
