@@ -43,8 +43,10 @@ class RegionHead(nn.Module):
         self.conv = nn.Conv2d(in_channels, hidden_channels, 3, padding=1)
         self.cls = nn.Conv2d(hidden_channels, num_anchors * num_classes, 1)
         self.reg = nn.Conv2d(hidden_channels, num_anchors * num_classes * 4, 1)
-        for layer in (self.conv, self.cls, self.reg):
+        nn.init.kaiming_normal_(self.conv.weight)
+        for layer in (self.cls, self.reg):
             nn.init.normal_(layer.weight, std=0.01)
+        for layer in (self.conv, self.reg):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         # half of the anchors it is trained with are of one class
         nn.init.constant_(self.cls.bias, -math.log(2 * num_classes - 1))  # type: ignore[arg-type]
@@ -79,14 +81,14 @@ class RegionHead(nn.Module):
         """The scores of some anchors alone: [S, D], [S] -> [S, K]."""
         shape = anchor % self.num_anchors
         weight, bias = self.cls.weight.flatten(1), self.cls.bias
-        every: Tensor = F.linear(rows, weight, bias).unflatten(1, (self.num_anchors, self.num_classes))
+        every = F.linear(rows, weight, bias).reshape(len(rows), self.num_anchors, self.num_classes)
         return every[torch.arange(len(rows), device=rows.device), shape]
 
     def deltas_at(self, rows: Tensor, anchor: Tensor, classes: Tensor) -> Tensor:
         """The regressors of one class at each of some anchors: [S, D], [S], [S] -> [S, 4]."""
         regressor = (anchor % self.num_anchors) * self.num_classes + classes
-        weight = self.reg.weight.flatten(1).unflatten(0, (-1, 4))[regressor]
-        bias: Tensor = self.reg.bias.unflatten(0, (-1, 4))[regressor]  # type: ignore[union-attr]
+        weight = self.reg.weight.reshape(-1, 4, rows.shape[1])[regressor]
+        bias = self.reg.bias.reshape(-1, 4)[regressor]  # type: ignore[union-attr]
         return torch.einsum("sd,scd->sc", rows, weight.to(rows.dtype)) + bias.to(rows.dtype)
 
 

@@ -24,7 +24,7 @@ from fusedres.training import files
 
 ANCHORS = (28, 40)
 HIDDEN = 128
-LR, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 1e-4
+LR, MOMENTUM, WEIGHT_DECAY = 0.02, 0.9, 1e-4
 WARM_UP = 0.05  # of the training
 RECORDS = 16
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
