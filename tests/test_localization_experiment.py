@@ -116,7 +116,7 @@ def test_run_says_what_is_wrong(tmp_path, capsys):
     bad = {
         "--test none.npz": "No such file",
         f"--test {save(tmp_path / 'a.npz', images=images)}": "must have arrays images and labels, got images",
-        f"--test {save(tmp_path / 'b.npz', images=images[0], labels=labels)}": r"must have images [N, h, w, 3]",
+        f"--test {save(tmp_path / 'b.npz', images=labels, labels=labels)}": "must have images [N, h, w, 3]",
         f"--checkpoint {save(tmp_path / 'c.npz', images=images)}": "has no weights of a ResNet-8",
         "--checkpoint none.pt": "No such file",
         "--depth 9": "depth must be 6n+2",
