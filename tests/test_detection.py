@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import sys
 from typing import Any
 
 import pytest
@@ -376,11 +375,3 @@ def test_weights_of_a_trunk(stored):
 def test_wrong_arguments(call, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         call()
-
-
-def test_torchvision_is_named_where_it_is_missing(monkeypatch):
-    for name in ("models.detection", "models.segmentation", "ops"):
-        monkeypatch.setitem(sys.modules, f"torchvision.{name}", None)
-    for function in ("faster_rcnn_fpn", "faster_rcnn_c4", "mask_rcnn_fpn", "deeplabv3"):
-        with pytest.raises(ImportError, match="detectors need torchvision: pip install torchvision"):
-            getattr(detection, function)()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -318,8 +317,3 @@ def test_wrong_arguments(arguments, message):
 def test_wrong_targets(targets, message):
     with pytest.raises(ValueError, match=message):
         localizer().train()(images(), targets)
-
-
-def test_needs_no_torchvision(monkeypatch):
-    monkeypatch.setitem(importlib.import_module("sys").modules, "torchvision", None)
-    importlib.reload(importlib.import_module("fusedres.detection.localization"))

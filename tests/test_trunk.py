@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,7 @@ from fused_ops import FusedOps
 from torch import nn
 
 import fusedres
+from fusedres import detection
 from fusedres.detection import Trunk
 from fusedres.nn import BasicBlock, Bottleneck, FrozenBatchNorm2d, unfused_block_reason
 
@@ -169,3 +173,17 @@ def test_fixed_batch_norm_explained():
     )
     steps = [step for step in table if step.layer == "layer1.0.bn1"]
     assert steps and all(step.implementation != "aten" or "promotes" not in step.reason for step in steps)
+
+
+def test_torchvision_is_named_where_it_is_missing(monkeypatch):
+    for name in ("models.detection", "models.segmentation", "ops"):
+        monkeypatch.setitem(sys.modules, f"torchvision.{name}", None)
+    for function in ("faster_rcnn_fpn", "faster_rcnn_c4", "mask_rcnn_fpn", "deeplabv3"):
+        with pytest.raises(ImportError, match="detectors need torchvision: pip install torchvision"):
+            getattr(detection, function)()
+
+
+def test_importing_needs_no_torchvision():
+    code = "import sys; from fusedres import detection; print('torchvision' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
