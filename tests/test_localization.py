@@ -250,6 +250,18 @@ def test_predictions_by_hand(size):
     assert torch.equal(model(x).boxes, every.boxes[:, :1])
 
 
+def test_boxes_end_with_the_image():
+    model = localizer().eval()
+    torch.nn.init.constant_(model.head.reg.bias, 3.0)  # far to the right and below, and large
+    found = model.predict(images(2), top=K)
+    assert (found.boxes[..., 0] <= 24).all() and (found.boxes[..., 2] == 24).all()
+    assert (found.boxes[..., 1] <= 20).all() and (found.boxes[..., 3] == 20).all()
+    torch.nn.init.constant_(model.head.reg.bias, -1.0)
+    torch.nn.init.constant_(model.head.reg.weight, 0)
+    model.head.reg.bias.data.reshape(-1, 4)[:, 2:] = 5
+    assert (model.predict(images(2)).boxes[..., :2] == 0).all()
+
+
 def test_localized():
     """The class and half of the area; a second guess counts, too."""
     prediction = Prediction(
