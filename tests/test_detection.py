@@ -244,6 +244,17 @@ def test_autocast_of_a_whole_detector():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_torchscript():
+    """The children one by one, as of torchvision's detectors."""
+    model = detection.faster_rcnn_fpn("resnet18", num_classes=CLASSES, norm_layer=FrozenBatchNorm2d, **SMALL)
+    model.eval().backbone.body.load_state_dict(classifier("resnet18").state_dict(), strict=False)
+    images = list(photographs())
+    with torch.no_grad():
+        _, found = torch.jit.script(model)(images)
+        torch.testing.assert_close(found, model(images))
+    assert any(len(p["boxes"]) for p in found)
+
+
 @pytest.mark.parametrize("function", ["faster_rcnn_fpn", "mask_rcnn_fpn"])
 def test_keys_are_torchvisions(function):
     name = {"faster_rcnn_fpn": "fasterrcnn_resnet50_fpn", "mask_rcnn_fpn": "maskrcnn_resnet50_fpn"}[function]
