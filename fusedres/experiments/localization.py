@@ -24,6 +24,7 @@ from fusedres.training import files
 
 ANCHORS = (28, 40)
 HIDDEN = 128
+POSITIVE_IOU = 0.5  # a square overlaps with an object twice as long as wide by 0.55 at most
 LR, MOMENTUM, WEIGHT_DECAY = 0.02, 0.9, 1e-4
 WARM_UP = 0.05  # of the training
 RECORDS = 16
@@ -72,7 +73,7 @@ def make_model(num_classes: int, depth: int = 20, checkpoint: Path | None = None
     trunk = Trunk(net, {"layer3": "features"})
     if checkpoint is not None:
         _load(trunk, checkpoint, depth)
-    model = Localizer(trunk, num_classes, ANCHORS, hidden_channels=HIDDEN)
+    model = Localizer(trunk, num_classes, ANCHORS, hidden_channels=HIDDEN, positive_iou=POSITIVE_IOU)
     return model.to(memory_format=torch.channels_last)
 
 
