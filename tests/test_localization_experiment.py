@@ -70,12 +70,13 @@ def test_errors_fall(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     three = [torch.nonzero(every < 3).flatten() for every in (labels, their_labels)]
     test = canvases.make(others, their_labels, three[1][:60], torch.Generator().manual_seed(1))
     images, labels = images[three[0]], labels[three[0]]
-    model = localization.make_model(3, 20, data / "resnet20-12fca82f.th")
+    net = localization.load_net(data / "resnet20-12fca82f.th", 20)
+    model = localization.make_model(net, 3)
     records = list(
         localization.train(model, images, labels, test, seconds=1e9, steps=60, batch=16, records=3)
     )
     first, last = records[0], records[-1]
-    assert [record.step for record in records] == [0, 15, 30, 45]
+    assert [record.step for record in records] == [0, 20, 40, 60]
     assert last.class_error < first.class_error - 0.2, records
     assert last.box_error < first.box_error - 0.2, records
     assert last.localization_error < first.localization_error - 0.2, records
@@ -128,10 +129,19 @@ def test_run_says_what_is_wrong(tmp_path, capsys):
         assert err.startswith("fusedres: error: ") and message in err and err.count("\n") == 1
 
 
-def test_a_checkpoint_of_another_depth(tmp_path):
-    net = localization.CifarResNet(14)
-    torch.save({"state_dict": net.state_dict()}, tmp_path / "net.pt")
-    with pytest.raises(ValueError, match="has no weights of a ResNet-20"):
-        localization.make_model(3, 20, tmp_path / "net.pt")
-    model = localization.make_model(3, 14, tmp_path / "net.pt")
-    assert torch.equal(model.trunk.conv1.weight, net.conv1.weight)
+@pytest.mark.parametrize("key", ["state_dict", "model", None])
+def test_nets_from_files(tmp_path, key):
+    net = localization.CifarResNet(14, num_classes=7)
+    state = {f"module.{name}": value for name, value in net.state_dict().items()}
+    path = tmp_path / "net.pt"
+    torch.save(
+        {key: state, "net": {"zeros": "end"}} if key == "model" else {key: state} if key else state, path
+    )
+    with pytest.raises(ValueError, match="net.pt has no weights of a ResNet-20: .* must have"):
+        localization.load_net(path, 20)
+    with pytest.raises(ValueError, match="net.pt has no weights of a ResNet-8: "):
+        localization.load_net(path, 8)
+    found = localization.load_net(path, 14)
+    assert found.layer2[0].downsample.padding == ((0, 16) if key == "model" else (8, 8))
+    model = localization.make_model(found, 3)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in model.trunk.state_dict().items())

@@ -57,36 +57,41 @@ class Record:
     mean_iou: float
 
 
-def make_model(num_classes: int, depth: int = 20, checkpoint: Path | None = None) -> Localizer:
-    """A localizer on a CIFAR ResNet, whose features have stride 4.
-
-    Args:
-        num_classes: of the objects.
-        depth: of the ResNet.
-        checkpoint: a trained ResNet of that depth to start from, a state_dict or one under "state_dict"; its
-            classifier isn't used.
-
-    Raises:
-        OSError, ValueError: there is no such file, or it has no such weights.
-    """
-    net = CifarResNet(depth, zeros="split", num_classes=num_classes)
+def make_model(net: CifarResNet, num_classes: int) -> Localizer:
+    """A localizer on a CIFAR ResNet, whose features have stride 4; the net's classifier isn't used."""
     trunk = Trunk(net, {"layer3": "features"})
-    if checkpoint is not None:
-        _load(trunk, checkpoint, depth)
     model = Localizer(trunk, num_classes, ANCHORS, hidden_channels=HIDDEN, positive_iou=POSITIVE_IOU)
     return model.to(memory_format=torch.channels_last)
 
 
-def _load(trunk: Trunk, path: Path, depth: int) -> None:
+def load_net(path: Path, depth: int) -> CifarResNet:
+    """A CIFAR ResNet with weights from a file.
+
+    Args:
+        path: a state_dict by torch.save, or one under "state_dict" or "model"; what it says under "net"
+            about the place of the zero channels is followed, else they are split.
+        depth: of the net.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it has no such weights.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        state = content.get("state_dict", content)
+        facts = content.get("net")
+        zeros = facts.get("zeros") if isinstance(facts, dict) else None
+        net = CifarResNet(depth, zeros=zeros or "split")
+        state = content.get("state_dict", content.get("model", content))
         state = {key.removeprefix("module."): value for key, value in state.items()}
-        trunk.load_state_dict({key: value for key, value in state.items() if key in trunk.state_dict()})
+        # its classifier may have another number of classes
+        state = {key: value for key, value in state.items() if not key.startswith(("fc.", "linear."))}
+        net.load_state_dict(state | {f"fc.{key}": value for key, value in net.fc.state_dict().items()})
     except OSError:
         raise
     except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise ValueError(f"{path} has no weights of a ResNet-{depth}: {str(error)[:200]}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} has no weights of a ResNet-{depth}: {reason[:200]}") from error
+    return net
 
 
 def train(
@@ -246,7 +251,8 @@ def _run(args: argparse.Namespace) -> None:
     index = torch.arange(min(HELD_OUT, len(others[0])))
     test = canvases.make(*others, index, torch.Generator().manual_seed(args.seed))
     classes = int(torch.cat([labels, others[1]]).max()) + 1
-    model = make_model(classes, args.depth, args.checkpoint)
+    net = CifarResNet(args.depth) if args.checkpoint is None else load_net(args.checkpoint, args.depth)
+    model = make_model(net, classes)
     print(f"{len(images):,} objects to train with, {len(index)} canvases to test on")
     found = []
     for record in train(
