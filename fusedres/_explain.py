@@ -265,7 +265,7 @@ class _Asked(NamedTuple):
         module = self.modules.get(layer)
         why = None
         if module is not None and (op == "batch norm" or op.startswith("bn_")):
-            # what the shapes alone didn't tell: FrozenBatchNorm2d is plain in 16 bits
+            # what the shapes alone didn't tell: torchvision's FrozenBatchNorm2d is plain in 16 bits
             x = torch.empty(shape, dtype=self.dtype, device="meta") if op.startswith("bn_") else None
             why = unfused_reason(module, None, x)
         if op not in plan.ALL_OPS:

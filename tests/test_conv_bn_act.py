@@ -79,6 +79,23 @@ def test_gradients_that_nobody_wants(backend, frozen, training, poisoned):
     ChainCase("bottleneck, projection", torch.float32, frozen=FROZEN[frozen], training=training).check()
 
 
+NORM_PARAMETERS = tuple(f"d{p}{i}" for i in range(4) for p in ("weight", "bias"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fixed_batch_norms(backend, kind, dtype, poisoned):
+    """As a detector is fine-tuned: the gradient goes through scales that have none."""
+    ChainCase(kind, dtype, training=False, frozen=NORM_PARAMETERS).check()
+
+
+@pytest.mark.parametrize("training", [(True, True, False, True), (True, True, True, False)], ids=str)
+def test_one_fixed_batch_norm_at_the_end(backend, training, poisoned):
+    fixed = training.index(False)
+    frozen = (f"dweight{fixed}", f"dbias{fixed}")
+    ChainCase("bottleneck, projection", torch.float32, training=training, frozen=frozen).check()
+
+
 def test_what_nobody_wants_is_not_computed():
     with fusedres.backend("reference"), FusedOps() as ops:
         frozen = FROZEN["the first convolution and its norm"]
@@ -157,6 +174,20 @@ def test_what_is_saved(backend, kind):
     }[kind]
     assert bytes_saved == expected * unit
     assert out.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["basic", "basic, projection", "bottleneck"])
+def test_what_is_saved_of_fixed_batch_norms(backend, kind):
+    """No more than eager PyTorch keeps: x, the raw outputs ahead of a convolution, and the output."""
+    case = ChainCase(kind, torch.float32, size=(5, 8, 8), training=False)
+    x = case.x.requires_grad_()
+    for conv in case.convs:
+        conv.weight.requires_grad_()
+    bytes_saved, _ = saved(lambda: call(x, case.convs, *case.rest(torch.float32)))
+    expected = {"basic": 3, "basic, projection": 1 + 2 * (24 / 16) / 4, "bottleneck": 1 + 0.25 + 0.25 + 1}[
+        kind
+    ]
+    assert bytes_saved == expected * x.numel() * 4
 
 
 def test_small_activations_are_atens_on_a_cpu():

@@ -16,6 +16,7 @@ from fused_ops import FusedOps
 from torch import Tensor, nn
 
 import fusedres
+from fusedres.detection import Trunk
 
 pytest.importorskip("torchvision")
 models: Any = importlib.import_module("torchvision.models")
@@ -179,6 +180,13 @@ def test_strict_changes_nothing_where_a_part_can_not_be_fused():
     assert not any(entry.fused for entry in fusedres.coverage(net))
     fusedres.convert(net)
     assert [entry.name for entry in fusedres.coverage(net) if not entry.fused] == ["layer3.1"]
+
+
+def test_our_own_trunks():
+    net = Trunk(fusedres.ResNet18(), {"layer3": "out"})
+    entries = fusedres.coverage(nn.Sequential(net))
+    assert [entry.name for entry in entries][:2] == ["0.stem", "0.layer1.0"] and len(entries) == 7
+    assert all(entry.fused for entry in entries)
 
 
 def test_nothing_to_convert():

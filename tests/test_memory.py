@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fusedres
 from fusedres import kernels
 from fusedres.kernels.rows import pixels_shape
+from fusedres.nn import FrozenBatchNorm2d
 
 # of torchvision's, 224 px, bf16
 LARGEST_SHARE = {"resnet18": 0.62, "resnet50": 0.78}
@@ -55,6 +56,19 @@ def test_saved_activations(name):
     assert ours <= LARGEST_SHARE[name] * theirs, f"{ours / theirs:.4f}"
     # and no less: it would be a forward that keeps too little
     assert ours >= 0.95 * LARGEST_SHARE[name] * theirs
+
+
+@pytest.mark.parametrize("name", LARGEST_SHARE)
+def test_saved_activations_with_fixed_batch_norms(name):
+    """No more than torchvision's, which keeps the activations behind its fixed batch norms alone."""
+    torchvision = pytest.importorskip("torchvision", exc_type=ImportError)
+    with torch.device("meta"):
+        images = torch.empty(2, 3, 224, 224)
+        frozen = torchvision.ops.FrozenBatchNorm2d
+        theirs = saved_bytes(getattr(torchvision.models, name)(norm_layer=frozen), images)
+        with fusedres.backend("reference"):
+            ours = saved_bytes(getattr(fusedres, name)(norm_layer=FrozenBatchNorm2d), images)
+    assert ours <= theirs, f"{ours / theirs:.4f}"
 
 
 @pytest.mark.skipif("cpu" in kernels.unavailable(), reason="the compiled module is not built")

@@ -21,6 +21,7 @@ LAYERS = [
     "cli",
     "training",
     "_convert",
+    "detection",
     "models",
     "_explain",
     "inference",

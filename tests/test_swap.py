@@ -66,7 +66,7 @@ def test_three_steps_of_a_training_script(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_every_other_snippet_of_the_readme_runs() -> None:
-    assert snippets().keys() == {"swap", "convert", "op", "inference"}
+    assert snippets().keys() == {"swap", "convert", "op", "detection", "inference"}
     names: dict[str, Any] = {}
     exec(snippets()["op"], names)
     assert names["z"].shape == names["x"].shape and names["bn"].running_mean.abs().sum() > 0
@@ -87,3 +87,13 @@ def test_the_snippet_that_converts(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 17 and all(line.endswith(": fused") for line in lines)
     assert not any(entry.fused for entry in fusedres.coverage(names["model"]))
+
+
+def test_the_detector_of_the_readme_trains() -> None:
+    pytest.importorskip("torchvision", exc_type=ImportError)
+    names: dict[str, Any] = {}
+    exec(snippets()["detection"], names)
+    model = names["model"]
+    assert set(names["losses"]) == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+    assert all(p.grad is not None for p in model.backbone.parameters())
+    assert len(names["found"]) == 2 and set(names["found"][0]) == {"boxes", "labels", "scores"}

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fusedres._convert.kind import Kind
+from fusedres.detection.trunk import Trunk
 from fusedres.models.resnet import ResNet
 from fusedres.nn import Residual, unfused_stem_reason
 
@@ -150,7 +151,7 @@ def _own(model: nn.Module) -> Iterator[tuple[str, str | None]]:
         net: Any = module
         if isinstance(module, Residual) and type(module) not in foreign:
             yield name, module.unfused_reason()
-        elif isinstance(module, ResNet):
+        elif isinstance(module, ResNet) or (isinstance(module, Trunk) and hasattr(module, "maxpool")):
             yield _stem_name(name), unfused_stem_reason(net.conv1, net.bn1, net.relu, net.maxpool)
 
 

@@ -92,12 +92,16 @@ def add_source(parser: argparse.ArgumentParser, several: bool = False) -> None:
 
 
 def load(
-    model: str | None, checkpoint: Path | None, weights: str | None, zeros: Zeros | None = None
+    model: str | None,
+    checkpoint: Path | None,
+    weights: str | None,
+    zeros: Zeros | None = None,
+    default: str = DEFAULT,
 ) -> Trained:
     """The net with the weights that ``add_source``'s options name.
 
     Args:
-        model: one of ``build.NAMES``; None for the one that the checkpoint names, or ``DEFAULT``.
+        model: one of ``build.NAMES``; None for the one that the checkpoint names, or ``default``.
         checkpoint: the file; None for ``weights``.
         weights: torchvision's name of them.
         zeros: where a CIFAR net's shortcuts have their zero channels; None for what the checkpoint says.
@@ -106,8 +110,8 @@ def load(
         CommandError: there are no such weights, they are another net's, or not finite.
     """
     if checkpoint is not None:
-        return _from_checkpoint(model, checkpoint, zeros)
-    model = model or DEFAULT
+        return _from_checkpoint(model, checkpoint, zeros, default)
+    model = model or default
     _check_zeros(model, zeros)
     return Trained(_pretrained(model, weights).eval(), model, str(weights))
 
@@ -129,12 +133,12 @@ def _check_zeros(model: str, zeros: Zeros | None) -> None:
         raise CommandError(f"--zeros is for CIFAR's nets, {model} has no zero channels", USAGE)
 
 
-def _from_checkpoint(model: str | None, path: Path, zeros: Zeros | None) -> Trained:
+def _from_checkpoint(model: str | None, path: Path, zeros: Zeros | None, default: str) -> Trained:
     content = _read(path)
     weights = _state_dict(content, path)
     facts = content.get("net")
     facts = facts if isinstance(facts, Mapping) and "name" in facts else {}  # or it is none of ours
-    name = facts.get("name", model or DEFAULT)
+    name = facts.get("name", model or default)
     if name not in build.NAMES:
         raise CommandError(f"{path} is of a net that fusedres doesn't have, {name!r}")
     _check_zeros(name, zeros)

@@ -144,7 +144,9 @@ class Chain(torch.autograd.Function):
     """Convolutions with their batch norms, the shortcut's add and the ReLU.
 
     Saved for backward: the input, the raw outputs with their per-channel vectors, the weights and, where a
-    residual went through the ReLU, the output. Activations between the convolutions are computed again.
+    residual went through the ReLU, the output. Activations between the convolutions are computed again. The
+    raw output that goes into that sum isn't kept where its batch norm is fixed: its gradient is the scale's
+    alone, and the output stands for it.
     """
 
     @staticmethod
@@ -161,8 +163,14 @@ class Chain(torch.autograd.Function):
         z, raw = run(x, residual, convs, shortcut, relu)
         ctx.links = tuple(map(_Link.of, convs))
         ctx.shortcut, ctx.relu, ctx.backend = shortcut, relu, ops.forced_backend()
-        tensors = [t for w, (y, stats) in zip(parameters[::3], raw, strict=True) for t in (w, y, stats)]
         through_relu = relu and shortcut != "none"
+        # a convolution right before the ReLU, whose mask is in z
+        last = len(convs) - 1 - (shortcut == "projection") if through_relu else len(convs)
+        tensors: list[Tensor | None] = []
+        for i, (weight, (y, stats)) in enumerate(zip(parameters[::3], raw, strict=True)):
+            of_norm = any(ctx.needs_input_grad[6 + 3 * i : 8 + 3 * i])
+            fixed = not convs[i].norm.training and not of_norm
+            tensors += [weight, z if i >= last and fixed else y, stats]
         ctx.save_for_backward(x, z if through_relu else None, *tensors)
         return z
 

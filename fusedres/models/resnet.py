@@ -271,7 +271,7 @@ class ResNet152(ResNet):
     block, depths = Bottleneck, (3, 8, 36, 3)
 
 
-def _find_weights(weights: Any, name: str) -> Any:
+def find_weights(weights: Any, name: str) -> Any:
     """The member of torchvision's weights enum for the model ``name`` that ``weights`` means."""
     try:
         models = importlib.import_module("torchvision.models")
@@ -290,7 +290,7 @@ def _find_weights(weights: Any, name: str) -> Any:
 def _build(network: type[ResNet], weights: Any, progress: bool, arguments: dict[str, Any]) -> Any:
     if weights is None:
         return network(**arguments)
-    found = _find_weights(weights, network.__name__.lower())
+    found = find_weights(weights, network.__name__.lower())
     classes = len(found.meta["categories"])
     needed = {"num_classes": classes, "shortcut": "B", "variant": "v1.5", "groups": 1, "width_per_group": 64}
     for name, value in needed.items():

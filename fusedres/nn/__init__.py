@@ -16,6 +16,7 @@ from fusedres.nn.blocks import (
 )
 from fusedres.nn.casts import cast_weights, convolve
 from fusedres.nn.chain import Pairs, fused_chain, unfused_chain_reason
+from fusedres.nn.frozen import FrozenBatchNorm2d
 from fusedres.nn.fuse import batch_norm_act, global_avg_pool, unfused_reason
 from fusedres.nn.shortcut import PadShortcut, Zeros, one_of, shortcut
 from fusedres.nn.stem import batch_norm_act_maxpool, stem, unfused_stem_reason
@@ -23,6 +24,7 @@ from fusedres.nn.stem import batch_norm_act_maxpool, stem, unfused_stem_reason
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "FrozenBatchNorm2d",
     "NormLayer",
     "PadShortcut",
     "Pairs",

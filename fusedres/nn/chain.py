@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from fusedres import functional
 from fusedres.nn.casts import weight_of
-from fusedres.nn.fuse import altered, batch_norm_of, is_frozen, is_plain, traced, unfused_reason
+from fusedres.nn.fuse import (
+    altered,
+    batch_norm_of,
+    convolved_dtype,
+    is_plain,
+    traced,
+    unfused_dtype_reason,
+    unfused_reason,
+)
 from fusedres.nn.shortcut import PadShortcut
 
 # a convolution and the norm behind it
@@ -73,15 +81,13 @@ def unfused_chain_reason(pairs: Pairs, act: nn.Module, downsample: nn.Module | N
 def _unfused_input_reason(pairs: Pairs, x: Tensor, projected: bool) -> str | None:
     if x.dim() != 4:
         return f"the input is {x.dim()}D"
-    dtype = x.dtype
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        if dtype != x.dtype and not projected:
-            return f"the shortcut adds {x.dtype} to autocast's {dtype}"
+    dtype = convolved_dtype(x)
+    if dtype != x.dtype and not projected:
+        return f"the shortcut adds {x.dtype} to autocast's {dtype}"
     for _, norm in pairs:
-        if is_frozen(norm) and norm._buffers["weight"].dtype != dtype:  # type: ignore[union-attr]
-            return f"FrozenBatchNorm2d promotes {dtype} with its buffers"
+        why = unfused_dtype_reason(norm, dtype)
+        if why is not None:
+            return why
     return None
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from fusedres import functional
+from fusedres.nn.frozen import FrozenBatchNorm2d
 
 _PLAIN = (Tensor, nn.Parameter)
 _PLAIN_OR_NONE = (*_PLAIN, type(None))
@@ -24,9 +25,35 @@ def is_plain(tensor: Tensor | None) -> bool:
 
 
 def is_frozen(norm: nn.Module) -> bool:
+    return type(norm) is FrozenBatchNorm2d or _is_torchvisions(norm)
+
+
+def _is_torchvisions(norm: nn.Module) -> bool:
     # by name: importing torchvision takes a second, and who has such a module has imported it
     kind = type(norm)
     return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc"
+
+
+def convolved_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of what a convolution makes of ``x``: autocast's, if that is on."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def unfused_dtype_reason(norm: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why a fixed batch norm can't run fused on an input of ``dtype``; None if it can."""
+    if not is_frozen(norm):
+        return None
+    own: torch.dtype = norm._buffers["weight"].dtype  # type: ignore[union-attr]
+    if own == dtype:
+        return None
+    if _is_torchvisions(norm):
+        return f"torchvision's FrozenBatchNorm2d promotes {dtype} with its {own} buffers"
+    if own == torch.float32 and dtype in (torch.bfloat16, torch.float16):
+        return None
+    return f"FrozenBatchNorm2d has {own} buffers for an input of {dtype}"
 
 
 def altered(child: nn.Module) -> str | None:
@@ -79,8 +106,8 @@ def unfused_reason(
     """Why ``norm``, the residual add and ``act`` can't run as one fused ``bn_act``; None if they can.
 
     Args:
-        norm: the normalisation, fused if it is exactly an nn.BatchNorm2d or torchvision's
-            FrozenBatchNorm2d.
+        norm: the normalisation, fused if it is exactly an nn.BatchNorm2d or a FrozenBatchNorm2d, ours or
+            torchvision's.
         act: the activation behind it, fused if it is exactly an nn.ReLU or nn.Identity; None for none.
         x: [N, C, H, W], what ``norm`` is about to be called on; None to look at the modules alone.
         residual: [N, C, H, W], what is added in between.
@@ -114,8 +141,9 @@ def unfused_reason(
         return None
     if x.dim() != 4:
         return f"the input is {x.dim()}D"
-    if frozen and weight.dtype != x.dtype:
-        return f"FrozenBatchNorm2d promotes {x.dtype} with its {weight.dtype} buffers"
+    why = unfused_dtype_reason(norm, x.dtype)
+    if why is not None:
+        return why
     if residual is not None and not (
         type(residual) in _PLAIN
         and residual.dtype == x.dtype

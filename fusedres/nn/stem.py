@@ -12,9 +12,10 @@ from fusedres.nn.fuse import (
     altered,
     batch_norm_act,
     batch_norm_of,
-    is_frozen,
+    convolved_dtype,
     is_plain,
     traced,
+    unfused_dtype_reason,
     unfused_reason,
 )
 
@@ -63,7 +64,7 @@ def stem(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: nn.Module, x: T
 
     Args:
         conv: fused if it is exactly an nn.Conv2d of 7x7, stride 2 and padding 3, without a bias.
-        norm: a batch norm that trains; anything else is called.
+        norm: a batch norm; anything else is called.
         act: fused if it is exactly an nn.ReLU.
         pool: fused if it is exactly an nn.MaxPool2d of 3x3, stride 2 and padding 1.
         x: [N, C, H, W], images.
@@ -73,7 +74,7 @@ def stem(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: nn.Module, x: T
         traced(x) is None
         and x.dim() == 4
         and unfused_stem_reason(conv, norm, act, pool) is None
-        and not is_frozen(norm)  # whether it promotes, its input's dtype decides
+        and unfused_dtype_reason(norm, convolved_dtype(x)) is None
     ):
         weight = weight_of(conv, x)
         return functional.stem(x, functional.ConvNorm(weight, batch_norm_of(norm), 2))

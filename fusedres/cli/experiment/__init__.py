@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from fusedres.cli.experiment import comparison, responses
+from fusedres.cli.experiment import comparison, localization, responses
 from fusedres.cli.options import Commands, add_command
 
-EXPERIMENTS = (*comparison.EXPERIMENTS, responses.EXPERIMENT)
+EXPERIMENTS = (*comparison.EXPERIMENTS, responses.EXPERIMENT, localization.EXPERIMENT)
 
 
 def add_parser(commands: Commands) -> argparse.ArgumentParser:

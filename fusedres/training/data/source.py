@@ -46,7 +46,7 @@ def open_data(source: str, recipe: Recipe, seed: int, device: torch.device, read
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}; the data must be {DIGITS} or {WHAT}")
     if sorted(folder.glob("*.npz")):
-        train, test, classes = _archives(folder)
+        train, test, classes = read_archives(folder)
         return _of_pixels(train, test, classes, recipe, seed, device)
     for name, kind in CIFAR_FOLDERS.items():
         if folder.name == name or (folder / name).is_dir():
@@ -101,7 +101,12 @@ def _digits(seed: int) -> tuple[Pixels, Pixels, list[str]]:
     return pixels[torch.from_numpy(train)], pixels[torch.from_numpy(test)], list("0123456789")
 
 
-def _archives(folder: Path) -> tuple[Pixels, Pixels, list[str]]:
+def read_archives(folder: Path) -> tuple[Pixels, Pixels, list[str]]:
+    """What a folder's *train*.npz and *test*.npz have, and the names of the classes.
+
+    Raises:
+        DataError: there are no such files, or they have no such images.
+    """
     found = {}
     for part in ("train", "test"):
         paths = sorted(folder.glob(f"*{part}*.npz"))
