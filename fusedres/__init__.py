@@ -1,7 +1,7 @@
 """Fused batch norm, ReLU and residual add for ResNets, as drop-in PyTorch modules and functions."""
 
 from fusedres import functional
-from fusedres._convert import convert, coverage, revert
+from fusedres._convert import convert, coverage, register_with_timm, revert
 from fusedres._explain import explain
 from fusedres._version import __version__
 from fusedres.inference import optimize_for_inference, quantize_for_inference
@@ -38,6 +38,7 @@ __all__ = [
     "functional",
     "optimize_for_inference",
     "quantize_for_inference",
+    "register_with_timm",
     "resnet18",
     "resnet34",
     "resnet50",

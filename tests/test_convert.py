@@ -285,3 +285,40 @@ def test_what_timms_nets_are_used_for():
     for p, q in zip(theirs.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad)
     assert [f["module"] for f in ours.feature_info] == [f["module"] for f in theirs.feature_info]
+
+
+def test_timms_registry():
+    timm = pytest.importorskip("timm")
+    names = fusedres.register_with_timm()
+    assert {"fused_resnet18", "fused_resnet50", "fused_resnet152", "fused_resnet50d"} <= {*names}
+    assert {"fused_wide_resnet50_2", "fused_resnext50_32x4d"} <= {*names} <= {*timm.list_models("fused_*")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fusedres.register_with_timm() == names  # again changes nothing
+    for name in names:
+        with torch.device("meta"):
+            entries = fusedres.coverage(timm.create_model(name))
+        assert sum(entry.fused for entry in entries) >= len(entries) // 2, name
+    # what is known of the weights is timm's
+    weights = timm.list_pretrained("fused_resnet50.*")
+    assert len(weights) > 10 and weights == [f"fused_{name}" for name in timm.list_pretrained("resnet50.*")]
+    for tag in ("", ".tv_in1k"):
+        ours, theirs = (timm.get_pretrained_cfg(f"{prefix}resnet50{tag}") for prefix in ("fused_", ""))
+        assert (ours.hf_hub_id, ours.url, ours.mean) == (theirs.hf_hub_id, theirs.url, theirs.mean)
+
+
+def test_a_registered_model_is_timms():
+    timm = pytest.importorskip("timm")
+    fusedres.register_with_timm()
+    theirs = timm.create_model("resnet18", num_classes=3).eval()
+    ours = timm.create_model("fused_resnet18", num_classes=3).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.forward_features(x), theirs.forward_features(x), rtol=1e-4, atol=1e-4)
+    ours.set_grad_checkpointing()
+    ours.reset_classifier(7)
+    assert ours.train()(x).shape == (1, 7) and ours.feature_info == theirs.feature_info
+    features = timm.create_model("fused_resnet18", features_only=True, out_indices=(2, 4))
+    assert [out.shape[1] for out in features(x)] == features.feature_info.channels() == [128, 512]
+    assert all(entry.fused for entry in fusedres.coverage(features))

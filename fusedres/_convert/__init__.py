@@ -121,6 +121,24 @@ def coverage(model: nn.Module) -> list[Entry]:
     return list(entries.values())
 
 
+def register_with_timm() -> list[str]:
+    """Add timm's plain ResNets, converted, to its models: ``timm.create_model("fused_resnet50")``.
+
+    Arguments and pretrained weights are those of the models without the prefix.
+
+    Returns:
+        their names.
+
+    Raises:
+        ImportError: there is no timm.
+    """
+    try:
+        registry: Any = importlib.import_module("fusedres._convert.timm_registry")
+    except ModuleNotFoundError as error:
+        raise ImportError(f"register_with_timm needs timm: pip install timm ({error})") from error
+    return registry.register()  # type: ignore[no-any-return]
+
+
 def _entry(name: str, why: str | None) -> Entry:
     return Entry(name, why is None, why)
 
