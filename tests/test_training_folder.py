@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from fusedres.training import recipe
-from fusedres.training.data import Data, DataError, Order, open_data
-from fusedres.training.data import folder as files
+from fusedres.training.data import Data, DataError, Order, open_data, views
+from fusedres.training.data.by_torchvision import FileDataset
+from fusedres.training.data.reading import Files, Reading
+from fusedres.training.normalise import Normalisation
 from fusedres.training.recipe import Augmentation
 
 numpy = pytest.importorskip("numpy")
@@ -93,13 +96,15 @@ def test_every_epoch_draws_anew_and_goes_on_in_the_middle(images):
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_crops_have_the_scales_of_the_recipe():
+def test_crops_have_the_scales_of_the_recipe(tmp_path):
     """A ramp whose slope tells the scale that it was resized by."""
-    ramp = torch.arange(240.0).expand(3, 120, 240).to(torch.uint8)
-    transform = files.training_transform(Augmentation(crop=32, shorter=(40, 60)))
+    ramp = numpy.broadcast_to(numpy.arange(240, dtype=numpy.uint8)[:, None], (120, 240, 3))
+    Image.fromarray(numpy.ascontiguousarray(ramp)).save(tmp_path / "ramp.png")
+    view = views.training(Augmentation(crop=32, shorter=(40, 60)))
+    dataset = FileDataset(Reading(Files([tmp_path / "ramp.png"], [0]), view, 32, CPU, 0))
     scales = []
-    for _ in range(200):
-        row = transform(ramp)[0, 16].float()
+    for seed in range(200):
+        row = dataset[0, seed].pixels[0, 16].float()
         assert row.shape == (32,)
         scales.append(float(120 * (row[-4] - row[3]) / 25))  # 120 px became that many
     shorter = sorted(120 * 120 / s for s in scales)
@@ -117,22 +122,17 @@ def test_colour_augmentation_moves_along_the_eigenvectors(images):
             difference, shift[:, :, None, None].expand_as(difference), atol=1e-5, rtol=0
         )
         shifts.append(shift)
-    along = torch.cat(shifts) @ files.EIGENVECTORS / files.EIGENVALUES  # of standard deviation 0.1
+    along = torch.cat(shifts) @ views.EIGENVECTORS / views.EIGENVALUES  # of standard deviation 0.1
     assert 0.05 < along.std() < 0.2
-    torch.testing.assert_close(files.EIGENVECTORS.T @ files.EIGENVECTORS, torch.eye(3), atol=2e-3, rtol=0)
+    torch.testing.assert_close(views.EIGENVECTORS.T @ views.EIGENVECTORS, torch.eye(3), atol=2e-3, rtol=0)
 
 
 def test_per_pixel_mean(images):
     data = opened(images)
     assert data.normalisation.mean.shape == (3, 32, 32)
-    testing = files.TestingFiles(
-        data.train.dataset.files,
-        32,
-        36,
-        files.Normalisation(torch.zeros(3, 1, 1), torch.ones(3, 1, 1)),
-        CPU,
-        0,
-    )  # type: ignore[attr-defined]
+    nothing = Normalisation(torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+    reading = dataclasses.replace(data.test.reading, files=data.train.reading.files)  # type: ignore[attr-defined]
+    testing = type(data.test)(data.test.read, reading, nothing)  # type: ignore[attr-defined]
     (x, _), *_ = testing.batches(12, 0, 1)
     torch.testing.assert_close(data.normalisation.mean, x.mean(0))
 
