@@ -4,49 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from folder_data import CLASSES, CPU, batches, opened, write_pictures
 
-from fusedres.training import recipe
-from fusedres.training.data import Data, DataError, Order, open_data, views
+from fusedres.training.data import DataError, views
 from fusedres.training.data.by_torchvision import FileDataset
 from fusedres.training.data.reading import Files, Reading
 from fusedres.training.normalise import Normalisation
 from fusedres.training.recipe import Augmentation
 
 numpy = pytest.importorskip("numpy")
-pytest.importorskip("torchvision")
 Image = pytest.importorskip("PIL.Image")
-CPU = torch.device("cpu")
-CLASSES = ("ant", "bee", "cat")
+transforms = pytest.importorskip("torchvision.transforms.v2")
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Smooth pictures of several sizes: 4 a class to train on, 2 to test on."""
-    generator = numpy.random.default_rng(0)
-    for part, count in (("train", 4), ("val", 2)):
-        for name in CLASSES:
-            (tmp_path / part / name).mkdir(parents=True)
-            for number in range(count):
-                small = Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=numpy.uint8))
-                picture = small.resize((60 + 8 * number, 48), Image.Resampling.BICUBIC)
-                picture.save(tmp_path / part / name / f"{number}.png")
-    return tmp_path
-
-
-def opened(folder: Path, readers: int = 0, **changes: Any) -> Data:
-    augmentation = {"shorter": [36, 60], "crop": 32, "test_shorter": 36}
-    found = recipe.load(
-        "imagenet-paper", {f"augmentation.{k}": v for k, v in (augmentation | changes).items()}
-    )
-    return open_data(str(folder), found, 0, CPU, readers)
-
-
-def batches(data: Data, epoch: int = 0, first: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return list(data.train.batches(Order(len(data.train), 4, 0, epoch, first)))
+    return write_pictures(tmp_path, ".png")
 
 
 def test_classes_and_shapes(images):
@@ -110,6 +86,33 @@ def test_crops_have_the_scales_of_the_recipe(tmp_path):
     shorter = sorted(120 * 120 / s for s in scales)
     assert 39 < shorter[0] < 42 and 58 < shorter[-1] < 61.5
     assert len({round(s) for s in shorter}) > 15
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "steps"),
+    [
+        (
+            {"shorter": (40, 64)},
+            [transforms.RandomShortestSize(list(range(40, 65))), transforms.RandomCrop(32)],
+        ),
+        ({"pad": 4}, [transforms.RandomShortestSize(32), transforms.Pad(4), transforms.RandomCrop(32)]),
+        ({"area": (0.08, 1.0)}, [transforms.RandomResizedCrop(32)]),
+        ({"area": (1.0, 1.0)}, [transforms.RandomResizedCrop(32, scale=(1.0, 1.0))]),  # which never fits
+    ],
+    ids=str,
+)
+def test_draws_as_torchvision_does(tmp_path, augmentation, steps):
+    """To the bit, by the same seed. The sides are powers of 2, as RandomShortestSize rounds others down."""
+    noise = torch.randint(256, (3, 64, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.permute(1, 2, 0).numpy()).save(tmp_path / "noise.png")
+    view = views.training(Augmentation(crop=32, flip=True, **augmentation))
+    dataset = FileDataset(Reading(Files([tmp_path / "noise.png"], [0]), view, 32, CPU, 0))
+    transform = transforms.Compose([*steps, transforms.RandomHorizontalFlip()])
+    for seed in range(40):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            expected = transform(noise)
+        assert torch.equal(dataset[0, seed].pixels, expected), seed
 
 
 def test_colour_augmentation_moves_along_the_eigenvectors(images):
