@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from folder_data import CLASSES, CPU, batches, opened, write_pictures
 
-from fusedres.training import recipe
-from fusedres.training.data import Data, DataError, Order, open_data
-from fusedres.training.data import folder as files
+from fusedres.training.data import DataError, views
+from fusedres.training.data.by_torchvision import FileDataset
+from fusedres.training.data.reading import Files, Reading
+from fusedres.training.normalise import Normalisation
 from fusedres.training.recipe import Augmentation
 
 numpy = pytest.importorskip("numpy")
-pytest.importorskip("torchvision")
 Image = pytest.importorskip("PIL.Image")
-CPU = torch.device("cpu")
-CLASSES = ("ant", "bee", "cat")
+transforms = pytest.importorskip("torchvision.transforms.v2")
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Smooth pictures of several sizes: 4 a class to train on, 2 to test on."""
-    generator = numpy.random.default_rng(0)
-    for part, count in (("train", 4), ("val", 2)):
-        for name in CLASSES:
-            (tmp_path / part / name).mkdir(parents=True)
-            for number in range(count):
-                small = Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=numpy.uint8))
-                picture = small.resize((60 + 8 * number, 48), Image.Resampling.BICUBIC)
-                picture.save(tmp_path / part / name / f"{number}.png")
-    return tmp_path
-
-
-def opened(folder: Path, readers: int = 0, **changes: Any) -> Data:
-    augmentation = {"shorter": [36, 60], "crop": 32, "test_shorter": 36}
-    found = recipe.load(
-        "imagenet-paper", {f"augmentation.{k}": v for k, v in (augmentation | changes).items()}
-    )
-    return open_data(str(folder), found, 0, CPU, readers)
-
-
-def batches(data: Data, epoch: int = 0, first: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return list(data.train.batches(Order(len(data.train), 4, 0, epoch, first)))
+    return write_pictures(tmp_path, ".png")
 
 
 def test_classes_and_shapes(images):
@@ -93,18 +72,47 @@ def test_every_epoch_draws_anew_and_goes_on_in_the_middle(images):
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_crops_have_the_scales_of_the_recipe():
+def test_crops_have_the_scales_of_the_recipe(tmp_path):
     """A ramp whose slope tells the scale that it was resized by."""
-    ramp = torch.arange(240.0).expand(3, 120, 240).to(torch.uint8)
-    transform = files.training_transform(Augmentation(crop=32, shorter=(40, 60)))
+    ramp = numpy.broadcast_to(numpy.arange(240, dtype=numpy.uint8)[:, None], (120, 240, 3))
+    Image.fromarray(numpy.ascontiguousarray(ramp)).save(tmp_path / "ramp.png")
+    view = views.training(Augmentation(crop=32, shorter=(40, 60)))
+    dataset = FileDataset(Reading(Files([tmp_path / "ramp.png"], [0]), view, 32, CPU, 0))
     scales = []
-    for _ in range(200):
-        row = transform(ramp)[0, 16].float()
+    for seed in range(200):
+        row = dataset[0, seed].pixels[0, 16].float()
         assert row.shape == (32,)
         scales.append(float(120 * (row[-4] - row[3]) / 25))  # 120 px became that many
     shorter = sorted(120 * 120 / s for s in scales)
     assert 39 < shorter[0] < 42 and 58 < shorter[-1] < 61.5
     assert len({round(s) for s in shorter}) > 15
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "steps"),
+    [
+        (
+            {"shorter": (40, 64)},
+            [transforms.RandomShortestSize(list(range(40, 65))), transforms.RandomCrop(32)],
+        ),
+        ({"pad": 4}, [transforms.RandomShortestSize(32), transforms.Pad(4), transforms.RandomCrop(32)]),
+        ({"area": (0.08, 1.0)}, [transforms.RandomResizedCrop(32)]),
+        ({"area": (1.0, 1.0)}, [transforms.RandomResizedCrop(32, scale=(1.0, 1.0))]),  # which never fits
+    ],
+    ids=str,
+)
+def test_draws_as_torchvision_does(tmp_path, augmentation, steps):
+    """To the bit, by the same seed. The sides are powers of 2, as RandomShortestSize rounds others down."""
+    noise = torch.randint(256, (3, 64, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.permute(1, 2, 0).numpy()).save(tmp_path / "noise.png")
+    view = views.training(Augmentation(crop=32, flip=True, **augmentation))
+    dataset = FileDataset(Reading(Files([tmp_path / "noise.png"], [0]), view, 32, CPU, 0))
+    transform = transforms.Compose([*steps, transforms.RandomHorizontalFlip()])
+    for seed in range(40):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            expected = transform(noise)
+        assert torch.equal(dataset[0, seed].pixels, expected), seed
 
 
 def test_colour_augmentation_moves_along_the_eigenvectors(images):
@@ -117,22 +125,17 @@ def test_colour_augmentation_moves_along_the_eigenvectors(images):
             difference, shift[:, :, None, None].expand_as(difference), atol=1e-5, rtol=0
         )
         shifts.append(shift)
-    along = torch.cat(shifts) @ files.EIGENVECTORS / files.EIGENVALUES  # of standard deviation 0.1
+    along = torch.cat(shifts) @ views.EIGENVECTORS / views.EIGENVALUES  # of standard deviation 0.1
     assert 0.05 < along.std() < 0.2
-    torch.testing.assert_close(files.EIGENVECTORS.T @ files.EIGENVECTORS, torch.eye(3), atol=2e-3, rtol=0)
+    torch.testing.assert_close(views.EIGENVECTORS.T @ views.EIGENVECTORS, torch.eye(3), atol=2e-3, rtol=0)
 
 
 def test_per_pixel_mean(images):
     data = opened(images)
     assert data.normalisation.mean.shape == (3, 32, 32)
-    testing = files.TestingFiles(
-        data.train.dataset.files,
-        32,
-        36,
-        files.Normalisation(torch.zeros(3, 1, 1), torch.ones(3, 1, 1)),
-        CPU,
-        0,
-    )  # type: ignore[attr-defined]
+    nothing = Normalisation(torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+    reading = dataclasses.replace(data.test.reading, files=data.train.reading.files)  # type: ignore[attr-defined]
+    testing = type(data.test)(data.test.read, reading, nothing)  # type: ignore[attr-defined]
     (x, _), *_ = testing.batches(12, 0, 1)
     torch.testing.assert_close(data.normalisation.mean, x.mean(0))
 

@@ -25,7 +25,7 @@ from fusedres.training.run import Run
 
 READERS = 4
 # what changes a run's outcome: to go on with one, they are what they were
-_RUN = ("seed", "shortcut", "variant", "precision", "accumulate", "recompute", "sync_bn")
+_RUN = ("seed", "shortcut", "variant", "precision", "accumulate", "recompute", "sync_bn", "loader")
 _RECIPE = ("data", "recipe", "set", "model", "epochs", "iterations", "batch", "lr")
 
 
@@ -117,6 +117,12 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
     what.add_argument(
         "--sync-bn", action="store_const", const=True, help="batch norm statistics over all processes"
     )
+    what.add_argument(
+        "--loader",
+        choices=("torchvision", "dali"),
+        help="what reads folders of images; dali is NVIDIA's, which decodes and resizes on the GPU "
+        "(default: torchvision)",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the run's files there")
     parser.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
     parser.add_argument(
@@ -131,7 +137,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         type=at_least(0),
         default=READERS,
         metavar="N",
-        help=f"processes that read image files (default: {READERS})",
+        help=f"processes that read image files, with dali threads (default: {READERS})",
     )
     parser.add_argument("--tensorboard", action="store_true", help="write DIR/tensorboard")
     options.add_device(parser)
@@ -199,7 +205,7 @@ def _check_outputs(args: argparse.Namespace, out: Path | None) -> None:
 def _plan(args: argparse.Namespace, state: dict[str, Any] | None, device: torch.device) -> tuple[Run, Data]:
     if state is not None:
         run = Run.from_state_dict(state["run"])
-        return run, open_data(run.data, run.recipe, run.seed, device, args.readers)
+        return run, open_data(run.data, run.recipe, run.seed, device, args.readers, run.loader)
     source = args.data or DIGITS
     chosen = _recipe(args, source)
     run = Run(
@@ -207,7 +213,7 @@ def _plan(args: argparse.Namespace, state: dict[str, Any] | None, device: torch.
         source,
         **{name: value for name in _RUN if (value := getattr(args, name)) is not None},
     )
-    data = open_data(source, chosen, run.seed, device, args.readers)
+    data = open_data(source, chosen, run.seed, device, args.readers, run.loader)
     if args.epochs or args.iterations:
         shortened = chosen.shortened(
             iterations=args.iterations, epochs=args.epochs, steps=max(1, len(data.train) // chosen.batch)

@@ -76,7 +76,8 @@ class Augmentation:
 
     Args:
         crop: px, side of what the net reads in training; None for images as they are.
-        pad: px of zeros, behind the normalisation, on every side before the random crop.
+        pad: px on every side before the random crop: zeros behind the normalisation for images in memory,
+            black for image files.
         shorter: px, range of the random shorter side that an image is resized to before the random crop
             (He et al. 2015, section 3.4).
         area: range of the random share of the image that is cropped and resized (Szegedy et al. 2015).

@@ -10,6 +10,7 @@ from fusedres.models import build
 from fusedres.models.resnet import Network, Shortcut
 from fusedres.nn import Variant, Zeros
 from fusedres.training import recipe
+from fusedres.training.data import Loader
 from fusedres.training.recipe import Recipe
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -43,6 +44,7 @@ class Run:
         accumulate: parts that a process takes its share of a batch in, one after the other.
         recompute: whether blocks keep their inputs alone and are computed again in the backward.
         sync_bn: whether batch norms take their statistics over all processes.
+        loader: what reads image files; the loaders' pixels differ by their rounding.
     """
 
     recipe: Recipe
@@ -54,6 +56,7 @@ class Run:
     accumulate: int = 1
     recompute: bool = False
     sync_bn: bool = False
+    loader: Loader = "torchvision"
 
     def net(self, classes: int) -> Net:
         return Net(self.recipe.model, classes, self.shortcut, variant=self.variant)

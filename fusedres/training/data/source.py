@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from fusedres.training.data.images import Data, DataError, hold_out
 from fusedres.training.data.pixels import Pixels, TestingPixels, TrainingPixels, normalisation
+from fusedres.training.data.reading import Loader
 from fusedres.training.recipe import Recipe
 
 DIGITS = "digits"
@@ -26,7 +27,14 @@ WHAT = (
 )
 
 
-def open_data(source: str, recipe: Recipe, seed: int, device: torch.device, readers: int = 0) -> Data:
+def open_data(
+    source: str,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
+    readers: int = 0,
+    loader: Loader = "torchvision",
+) -> Data:
     """The data set that ``source`` names, split, augmented and normalised as the recipe says.
 
     Args:
@@ -34,28 +42,36 @@ def open_data(source: str, recipe: Recipe, seed: int, device: torch.device, read
         recipe: its ``augmentation`` and ``validation``.
         seed: of the splits.
         device: that the images are put on.
-        readers: processes that read image files; 0 to read them in this one.
+        readers: processes that read image files, 0 to read them in this one; threads with "dali".
+        loader: what reads image files.
 
     Raises:
         DataError: there is no such data set, or it can't be read; one line.
     """
+    held = _held(source, seed)
+    if held is None:
+        from fusedres.training.data.folder import open_folder
+
+        return open_folder(Path(source), recipe, seed, device, readers, loader)
+    if loader != "torchvision":
+        raise DataError(f"the loader {loader} is for folders of images, {source} is held in memory")
+    return _of_pixels(*held, recipe, seed, device)
+
+
+def _held(source: str, seed: int) -> tuple[Pixels, Pixels, list[str]] | None:
+    """Images to train and to test on that are held in memory, and their classes; None for image files."""
     if source == DIGITS:
-        train, test, classes = _digits(seed)
-        return _of_pixels(train, test, classes, recipe, seed, device)
+        return _digits(seed)
     folder = Path(source)
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}; the data must be {DIGITS} or {WHAT}")
     if sorted(folder.glob("*.npz")):
-        train, test, classes = read_archives(folder)
-        return _of_pixels(train, test, classes, recipe, seed, device)
+        return read_archives(folder)
     for name, kind in CIFAR_FOLDERS.items():
         if folder.name == name or (folder / name).is_dir():
-            train, test, classes = _cifar(folder.parent if folder.name == name else folder, kind)
-            return _of_pixels(train, test, classes, recipe, seed, device)
+            return _cifar(folder.parent if folder.name == name else folder, kind)
     if (folder / "train").is_dir():
-        from fusedres.training.data.folder import open_folder
-
-        return open_folder(folder, recipe, seed, device, readers)
+        return None
     raise DataError(f"{folder} must be {WHAT}")
 
 
