@@ -80,7 +80,11 @@ class Plain(nn.Module):
     "changes",
     [
         {},
-        {"optimizer.nesterov": True, "optimizer.decay_norms": False, "label_smoothing": 0.1, "ema": 0.9},
+        {
+            "optimizer": {"lr": 0.1, "nesterov": True, "weight_decay": 0.1, "decay_norms": False},
+            "label_smoothing": 0.1,
+            "ema": 0.9,
+        },
     ],
     ids=["paper", "modern"],
 )
@@ -107,7 +111,7 @@ def test_steps_are_those_of_plain_pytorch(images, changes):
         with torch.no_grad():
             for name, p in theirs.net.named_parameters():
                 decays = run.recipe.optimizer.decay_norms or p.dim() > 1
-                g = p.grad + 1e-4 * decays * p
+                g = p.grad + run.recipe.optimizer.weight_decay * decays * p
                 momenta[name] = 0.9 * momenta[name] + g if name in momenta else g
                 p -= lr * (g + 0.9 * momenta[name] if run.recipe.optimizer.nesterov else momenta[name])
             for name, value in theirs.net.state_dict().items():
@@ -235,6 +239,7 @@ def test_goes_on_bit_for_bit(images, tmp_path, stop, settings):
     for _ in second:
         pass
     assert same(second.model, whole.model) and same(second.kept, whole.kept)
+    assert second.scaler.state_dict() == whole.scaler.state_dict()
     for one, two in zip(second.history, whole.history, strict=True):
         timeless = {"images_per_second": 0, "seconds": 0}
         assert dataclasses.replace(one, **timeless) == dataclasses.replace(two, **timeless)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import importlib.util
 import json
 import os
@@ -169,13 +170,15 @@ def test_two_processes(images, tmp_path):
     shares = [data.train.batches(Order(64, 8, 0, 0, rank=rank, processes=2)) for rank in range(2)]
     # the milestones of 64,000 iterations in 8 steps
     rates = [0.1] * 4 + [0.01] * 2 + [0.001] * 2
+    losses = []
     for rate, halves in zip(rates, zip(*shares, strict=True), strict=True):
         gradients = []
         for rank, (x, labels) in enumerate(halves):
             # statistics are those of the first process
             model = net if rank == 0 else copy.deepcopy(net)
-            own = list(model.parameters())
-            gradients.append(torch.autograd.grad(F.cross_entropy(model.train()(x), labels), own))
+            loss = F.cross_entropy(model.train()(x), labels)
+            losses.append(loss.item())
+            gradients.append(torch.autograd.grad(loss, list(model.parameters())))
         with torch.no_grad():
             for p, momentum, one, two in zip(parameters, momenta, *gradients, strict=True):
                 momentum.mul_(0.9).add_((one + two) / 2 + 1e-4 * p)
@@ -185,8 +188,13 @@ def test_two_processes(images, tmp_path):
         torch.testing.assert_close(weights[name], value, atol=2e-4, rtol=2e-3, msg=name)
     with torch.inference_mode():
         (x, labels), *_ = data.test.batches(12, 0, 1)
-        wrong = int((net.eval()(x).argmax(1) != labels).sum())
-    assert f"({12 - wrong} of 12)" in said
+        logits = net.eval()(x)
+    assert f"({int((logits.argmax(1) == labels).sum())} of 12)" in said
+    with (out / "log.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    # over both processes
+    assert float(row["train_loss"]) == pytest.approx(sum(losses) / 16, rel=1e-2)
+    assert float(row["test_loss"]) == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-2)
 
 
 def test_no_room_for_a_checkpoint(images, tmp_path):
