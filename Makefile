@@ -24,7 +24,7 @@ CODEGEN := tests/test_triton_codegen.py tests/test_cuda_codegen.py $(CONVS)
 .PHONY: demo test test-full lint test-main test-interpreted test-emulated test-core codegen bench format clean
 
 demo: .venv/ready
-	mkdir -p demo
+	mkdir -p demo && rm -rf demo/digits
 	$(BIN)/fusedres info
 	$(BIN)/fusedres bench --model resnet50 --batch 16 --dtype bf16 --mode train --json demo/bench.json --plot demo/bench.png
 	$(BIN)/fusedres train --data digits --out demo/digits

@@ -82,13 +82,13 @@ def test_coverage(name):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", [name for name in NETS if not name.startswith("wide")])  # as resnet50
 def test_results_are_the_librarys(name, training):
     """Outputs, all gradients and statistics, in float64."""
     theirs, ours = twins(name)
     theirs, ours = theirs.double().train(training), ours.double().train(training)
     assert list(ours.state_dict()) == list(theirs.state_dict())
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
     for net in (theirs, ours):
         torch.manual_seed(1)  # of drop paths
         sum(out.square().mean() for out in outputs(net(x))).backward()
