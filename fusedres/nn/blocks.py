@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.nn.casts import convolve
-from fusedres.nn.chain import Pairs, fused_chain, unfused_chain_reason
-from fusedres.nn.fuse import batch_norm_act
+from fusedres.nn.chain import Pairs, fused_chain, is_small, unfused_chain_reason
+from fusedres.nn.fuse import batch_norm_act, copied_statistics, is_recomputed
 from fusedres.nn.shortcut import one_of, shortcut
 
 Variant = Literal["v1.5", "v1"]
@@ -46,18 +46,35 @@ class Residual:
     downsample: nn.Module | None
 
     def forward(self, x: Tensor) -> Tensor:
-        fused = fused_chain(self.pairs, self.relu, x, self.downsample)
+        pairs, relu, downsample = self.pairs, self.relu, self.downsample
+        if is_small(x, downsample):
+            if is_recomputed():
+                with copied_statistics(self):
+                    return _child_by_child(pairs, relu, downsample, x)
+            return _child_by_child(pairs, relu, downsample, x)
+        fused = fused_chain(pairs, relu, x, downsample)
         if fused is not None:
             return fused
-        out, last = x, len(self.pairs) - 1
-        for conv, norm in self.pairs[:last]:
-            out = batch_norm_act(norm, self.relu, convolve(conv, out))
-        conv, norm = self.pairs[last]
-        return batch_norm_act(norm, self.relu, convolve(conv, out), *shortcut(self.downsample, x))
+        *before, (conv, norm) = pairs
+        out = x
+        for inner, inner_norm in before:
+            out = batch_norm_act(inner_norm, relu, convolve(inner, out))
+        return batch_norm_act(norm, relu, convolve(conv, out), *shortcut(downsample, x))
 
     def unfused_reason(self) -> str | None:
         """Why the block doesn't run as one Function, whatever its input; None if it does."""
         return unfused_chain_reason(self.pairs, self.relu, self.downsample)
+
+
+def _child_by_child(pairs: Pairs, relu: nn.Module, downsample: nn.Module | None, x: Tensor) -> Tensor:
+    """As torchvision's blocks do it."""
+    *before, (conv, norm) = pairs
+    out = x
+    for inner, inner_norm in before:
+        out = relu(inner_norm(inner(out)))
+    out = norm(conv(out))
+    out += x if downsample is None else downsample(x)
+    return relu(out)  # type: ignore[no-any-return]
 
 
 def basic_pairs(block: Any) -> Pairs:

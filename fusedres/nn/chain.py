@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedres import functional
+from fusedres import functional, ops
 from fusedres.nn.casts import weight_of
 from fusedres.nn.fuse import (
     altered,
@@ -20,6 +20,8 @@ from fusedres.nn.fuse import (
     unfused_reason,
 )
 from fusedres.nn.shortcut import PadShortcut
+
+GROWTH = 4  # of a block with a projection: the largest of its activations, by its input
 
 # a convolution and the norm behind it
 Pairs = Sequence[tuple[nn.Module, nn.Module]]
@@ -89,6 +91,24 @@ def _unfused_input_reason(pairs: Pairs, x: Tensor, projected: bool) -> str | Non
         if why is not None:
             return why
     return None
+
+
+def is_small(x: Tensor, downsample: nn.Module | None) -> bool:
+    """Whether a block's activations are so few that PyTorch's own operators are as fast: on a CPU.
+
+    Its children are then called as they are, without a look at whether they could be fused.
+
+    Args:
+        x: [N, C, H, W], the block's input.
+        downsample: the module of its shortcut; None for an identity.
+    """
+    if torch.compiler.is_compiling() or traced(x) is not None or x.device.type != "cpu":
+        return False
+    forced = ops.forced_backend()
+    if forced != "auto":
+        return False
+    least = ops.served_from("bn_act", x.device, convolved_dtype(x), forced)
+    return least is None or x.numel() * (1 if downsample is None else GROWTH) < least
 
 
 def fused_chain(

@@ -6,6 +6,8 @@ nothing, else child by child.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -154,9 +156,23 @@ def unfused_reason(
     return None
 
 
-def _is_recomputed() -> bool:
+def is_recomputed() -> bool:
     """Whether this forward repeats an earlier one, inside the backward of activation checkpointing."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@contextlib.contextmanager
+def copied_statistics(block: Any) -> Iterator[None]:
+    """Inside, the batch norms of ``block`` update copies of their running statistics."""
+    buffers = [module._buffers for module in block.modules() if type(module) is nn.BatchNorm2d]
+    before = [dict(of_norm) for of_norm in buffers]
+    for of_norm in buffers:
+        of_norm |= {name: None if value is None else value.clone() for name, value in of_norm.items()}
+    try:
+        yield
+    finally:
+        for of_norm, own in zip(buffers, before, strict=True):
+            of_norm.update(own)
 
 
 def batch_norm_of(norm: Any) -> functional.BatchNorm:
@@ -173,7 +189,7 @@ def batch_norm_of(norm: Any) -> functional.BatchNorm:
             mean = var = None
         elif training:
             tracked = norm.num_batches_tracked
-            if _is_recomputed() and mean is not None and var is not None:
+            if is_recomputed() and mean is not None and var is not None:
                 mean, var = mean.clone(), var.clone()
             elif tracked is not None:
                 tracked.add_(1)
