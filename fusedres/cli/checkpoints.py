@@ -116,6 +116,27 @@ def load(
     return Trained(_pretrained(model, weights).eval(), model, str(weights))
 
 
+def load_several(args: argparse.Namespace) -> list[Trained]:
+    """The nets that ``add_source``'s options name, each given several times or once.
+
+    Raises:
+        CommandError: there are not as many models as sources, nor one; or see :func:`load`.
+    """
+    from_files = args.checkpoint is not None
+    sources, models = args.checkpoint or args.weights, args.model or [None]
+    if len(models) not in (1, len(sources)):
+        option = "--checkpoint" if from_files else "--weights"
+        raise CommandError(
+            f"--model must be given once, or once for each {option}, got {len(models)} for {len(sources)}",
+            USAGE,
+        )
+    models = models * len(sources) if len(models) == 1 else models
+    return [
+        load(model, source if from_files else None, None if from_files else source, args.zeros)
+        for model, source in zip(models, sources, strict=True)
+    ]
+
+
 def _pretrained(model: str, weights: str | None) -> Network:
     if model not in build.RESNETS:
         raise CommandError(f"torchvision has no weights of {model}: give a --checkpoint", USAGE)

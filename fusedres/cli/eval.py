@@ -135,13 +135,6 @@ def _check(args: argparse.Namespace) -> None:
         raise CommandError("--crops full has no crops: give --scales instead of --size and --resize", USAGE)
     if args.crops == "10" and args.flip is False:
         raise CommandError("--crops 10 has the mirror images: leave out --no-flip", USAGE)
-    sources, models = args.checkpoint or args.weights, args.model or ()
-    if len(models) not in (0, 1, len(sources)):
-        option = "--checkpoint" if args.checkpoint else "--weights"
-        raise CommandError(
-            f"--model must be given once, or once for each {option}, got {len(models)} for {len(sources)}",
-            USAGE,
-        )
 
 
 @contextlib.contextmanager
@@ -199,14 +192,7 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> Report:
 
 def _load(args: argparse.Namespace) -> list[Trained]:
     """The ensemble's nets, on the CPU."""
-    checkpoint = args.checkpoint is not None
-    sources = args.checkpoint if checkpoint else args.weights
-    models = args.model or [None]
-    models = models * len(sources) if len(models) == 1 else models
-    nets = [
-        checkpoints.load(model, source if checkpoint else None, None if checkpoint else source, args.zeros)
-        for model, source in zip(models, sources, strict=True)
-    ]
+    nets = checkpoints.load_several(args)
     for other in nets[1:]:
         if other.classes != nets[0].classes:
             raise CommandError(

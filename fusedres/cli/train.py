@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fusedres.cli import machine, options, recipes
+from fusedres.cli.bench import report
 from fusedres.cli.errors import USAGE, CommandError, out_of_memory, require, writing
 from fusedres.cli.options import DTYPES, Commands, add_command, at_least, positive_float
 from fusedres.models import build
-from fusedres.training import checkpoint, distributed, files, recipe, runner
+from fusedres.training import checkpoint, distributed, recipe, runner
 from fusedres.training.data import Data, DataError, open_data
 from fusedres.training.data.source import DIGITS
 from fusedres.training.distributed import Processes
@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
         except runner.Interrupted:
             raise KeyboardInterrupt(f", --resume {out} goes on" if out else "") from None
     if processes.is_first:
-        _report(args, out, planned, history)
+        _report(args, out, device, planned, history)
     return 0
 
 
@@ -274,7 +274,9 @@ def _last(out: Path | None) -> str:
     return f"; --resume {out} goes on from its last checkpoint" if out and runner.resumable(out) else ""
 
 
-def _report(args: argparse.Namespace, out: Path | None, run: Run, history: list[Epoch]) -> None:
+def _report(
+    args: argparse.Namespace, out: Path | None, device: torch.device, run: Run, history: list[Epoch]
+) -> None:
     final = history[-1]
     print(f"final test accuracy {1 - final.test_error:.2%} ({final.correct:,} of {final.tested:,})")
     if out is not None:
@@ -285,9 +287,9 @@ def _report(args: argparse.Namespace, out: Path | None, run: Run, history: list[
         found = {
             "command": args.command_line,
             "versions": machine.versions(),
-            "machine": machine.facts(torch.device(args.device or "cpu")),
+            "machine": machine.facts(device),
             "run": run.state_dict(),
             "history": [dataclasses.asdict(epoch) for epoch in history],
         }
-        with writing(args.json), files.atomic(args.json) as temporary:
-            temporary.write_text(json.dumps(found, indent=2) + "\n")
+        with writing(args.json):
+            report.write_json(found, args.json)

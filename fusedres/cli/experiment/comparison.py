@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fusedres.cli import machine, options, recipes
+from fusedres.cli.bench import report
 from fusedres.cli.errors import USAGE, CommandError, out_of_memory, require, writing
 from fusedres.cli.experiment import paper, series
 from fusedres.cli.experiment.paper import Reported
@@ -17,7 +17,7 @@ from fusedres.cli.experiment.series import Curves, Entry, ExperimentError, Serie
 from fusedres.cli.options import DTYPES, Commands, add_command, at_least, positive_float
 from fusedres.models import build
 from fusedres.models.resnet import Shortcut
-from fusedres.training import files, runner
+from fusedres.training import runner
 from fusedres.training.checkpoint import CheckpointError
 from fusedres.training.data import DataError
 
@@ -151,8 +151,8 @@ class Comparison:
             "paper": {label: theirs._asdict() for label, theirs in reported.items() if label in curves},
             "note": self.note,
         }
-        with writing(result), files.atomic(result) as temporary:
-            temporary.write_text(json.dumps(found, indent=2) + "\n")
+        with writing(result):
+            report.write_json(found, result)
         print(f"wrote {picture}, {args.out / series.CURVES}, {result}")
 
 

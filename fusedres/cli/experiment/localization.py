@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from fusedres.cli import checkpoints, machine, options
+from fusedres.cli.bench import report
 from fusedres.cli.errors import USAGE, CommandError, out_of_memory, require, writing
 from fusedres.cli.experiment import canvases, localizing
 from fusedres.cli.experiment.localizing import Record
@@ -151,11 +151,11 @@ def _write(args: argparse.Namespace, records: Sequence[Record]) -> None:
         rows.writeheader()
         for record in records:
             rows.writerow({key: round(value, 5) for key, value in asdict(record).items()})
-    with writing(result), files.atomic(result) as temporary:
-        found = {
-            "command": args.command_line,
-            "versions": machine.versions(),
-            "machine": machine.facts(torch.device("cpu")),
-            "result": asdict(records[-1]),
-        }
-        temporary.write_text(json.dumps(found, indent=2) + "\n")
+    found = {
+        "command": args.command_line,
+        "versions": machine.versions(),
+        "machine": machine.facts(torch.device("cpu")),
+        "result": asdict(records[-1]),
+    }
+    with writing(result):
+        report.write_json(found, result)

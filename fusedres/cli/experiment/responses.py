@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.cli import checkpoints, images, machine, options
-from fusedres.cli.checkpoints import Trained
-from fusedres.cli.errors import USAGE, CommandError, require, writing
+from fusedres.cli.bench import report
+from fusedres.cli.errors import require, writing
 from fusedres.cli.options import Commands, add_command, at_least
 from fusedres.training import files
 
@@ -93,7 +92,7 @@ class LayerResponses:
         data = images.find(args.data, "--data").first(args.images)
         found: dict[str, Responses] = {}
         with options.threads(args.threads):
-            for trained in _nets(args):
+            for trained in checkpoints.load_several(args):
                 batches = data.batches(BATCH, trained.name, trained.format, trained.normalisation)
                 label = trained.name if trained.name not in found else f"{trained.name} ({trained.source})"
                 found[label] = layer_responses(trained.net, (x for x, _ in batches))
@@ -107,20 +106,6 @@ class LayerResponses:
 
 
 EXPERIMENT = LayerResponses()
-
-
-def _nets(args: argparse.Namespace) -> list[Trained]:
-    sources, models = args.checkpoint or args.weights, args.model or [None]
-    if len(models) not in (1, len(sources)):
-        raise CommandError(
-            f"--model must be given once, or once for each net, got {len(models)} for {len(sources)}", USAGE
-        )
-    models = models * (len(sources) // len(models))
-    checkpoint = args.checkpoint is not None
-    return [
-        checkpoints.load(model, source if checkpoint else None, None if checkpoint else source, args.zeros)
-        for model, source in zip(models, sources, strict=True)
-    ]
 
 
 def _mean(responses: Responses) -> float:
@@ -137,15 +122,15 @@ def _write(args: argparse.Namespace, found: Mapping[str, Responses]) -> None:
             writer.writerows([label, layer, std] for layer, std in responses.items())
     with writing(picture):
         plot(picture, found)
-    with writing(result), files.atomic(result) as temporary:
-        content = {
-            "command": args.command_line,
-            "versions": machine.versions(),
-            "machine": machine.facts(torch.device("cpu")),
-            "images": args.images,
-            "mean": {label: _mean(responses) for label, responses in found.items()},
-        }
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    content = {
+        "command": args.command_line,
+        "versions": machine.versions(),
+        "machine": machine.facts(torch.device("cpu")),
+        "images": args.images,
+        "mean": {label: _mean(responses) for label, responses in found.items()},
+    }
+    with writing(result):
+        report.write_json(content, result)
     print(f"wrote {picture}, {table}, {result}")
 
 

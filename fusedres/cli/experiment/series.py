@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fusedres.cli.bench import report
 from fusedres.cli.experiment.paper import Reported
 from fusedres.models.resnet import Shortcut
 from fusedres.training import checkpoint, files, runner
@@ -192,9 +193,7 @@ def table(curves: Curves, reported: Mapping[str, Reported], note: str) -> str:
                 theirs.source if theirs else "",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*(line.rstrip() for line in lines), note])
+    return "\n".join([*(line.rstrip() for line in report.aligned(rows)), note])
 
 
 def plot(path: Path, panels: Mapping[str, Curves], title: str) -> None:
