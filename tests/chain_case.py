@@ -23,6 +23,7 @@ class Kind(NamedTuple):
     channels: int
     convs: tuple[tuple[int, int, int], ...]
     shortcut: Any = None
+    pooled: bool = False  # the projection gets another tensor, of half the size
 
 
 KINDS = {
@@ -36,6 +37,8 @@ KINDS = {
     "bottleneck": Kind(32, ((8, 1, 1), (8, 3, 1), (32, 1, 1)), "identity"),
     "bottleneck, projection of stride 1": Kind(16, ((8, 1, 1), (8, 3, 1), (32, 1, 1)), "projection"),
     "bottleneck, projection": Kind(16, ((8, 1, 1), (8, 3, 2), (32, 1, 1)), "projection"),
+    "basic, pooled": Kind(16, ((24, 3, 2), (24, 3, 1)), "projection", pooled=True),
+    "bottleneck, pooled": Kind(16, ((8, 1, 1), (8, 3, 2), (32, 1, 1)), "projection", pooled=True),
     "bottleneck, v1": Kind(16, ((8, 1, 2), (8, 3, 1), (32, 1, 1)), "projection"),
 }
 
@@ -49,7 +52,7 @@ def call(x: Tensor, convs: list[ConvNorm], shortcut: Any, relu: bool, residual: 
     if shortcut == "projection":
         *convs, shortcut = convs
     run = functional.basic_block if len(convs) == 2 else functional.bottleneck
-    return run(x, *convs, None if shortcut == "identity" else shortcut, relu=relu)
+    return run(x, *convs, None if shortcut == "identity" else shortcut, projected=residual, relu=relu)
 
 
 def eager(x: Tensor, convs: list[ConvNorm], shortcut: Any, relu: bool, residual: Tensor | None) -> Tensor:
@@ -68,7 +71,7 @@ def eager(x: Tensor, convs: list[ConvNorm], shortcut: Any, relu: bool, residual:
         out = act(norm_of(conv, out))
     out = norm_of(chain[-1], out)
     if shortcut == "projection":
-        out = out + norm_of(convs[-1], x)
+        out = out + norm_of(convs[-1], x if residual is None else residual)
     elif shortcut == "identity":
         out = out + x
     elif shortcut == "residual":
@@ -106,12 +109,12 @@ class ChainCase:
         frozen: tuple[str, ...] = (),
     ) -> None:
         self.dtype, self.memory, self.relu, self.frozen = dtype, LAYOUTS[layout], relu, frozen
-        channels, shapes, shortcut = KINDS[kind]
+        channels, shapes, shortcut, self.pooled = KINDS[kind]
         self.shortcut = "none" if shortcut is None else shortcut
         n, h, w = size
         self.x = self._activation(n, channels, h, w, offset)
         if shortcut == "projection":
-            stride = max(stride for _, _, stride in shapes)
+            stride = 1 if self.pooled else max(stride for _, _, stride in shapes)
             shapes = (*shapes, (shapes[-1][0], 1, stride))
         self.convs = []
         before = channels
@@ -151,10 +154,13 @@ class ChainCase:
 
     def rest(self, dtype: torch.dtype) -> tuple[Any, bool, Tensor | None]:
         residual = None
-        if self.shortcut == "residual":
-            n, _, h, w = self.x.shape
+        if self.shortcut == "residual" or self.pooled:
+            n, channels, h, w = self.x.shape
+            shape = (
+                (channels, (h + 1) // 2, (w + 1) // 2) if self.pooled else (len(self.convs[-1].weight), h, w)
+            )
             generator = torch.Generator().manual_seed(7)
-            residual = torch.randn(n, self.convs[-1].weight.shape[0], h, w, generator=generator)
+            residual = torch.randn(n, *shape, generator=generator)
             residual = residual.to(self.dtype).to(dtype).to(memory_format=self.memory).requires_grad_()
         return self.shortcut, self.relu, residual
 

@@ -43,7 +43,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "dilated": (torchvision_net("resnet50", replace_stride_with_dilation=[False, True, True]), 17, 17),
     "timm resnet18": (timm_net("resnet18"), 9, 9),
     "timm resnet50": (timm_net("resnet50"), 17, 17),
-    "timm resnet26d": (timm_net("resnet26d"), 9, 4),
+    "timm resnet26d": (timm_net("resnet26d"), 9, 9),
+    "timm resnet18d": (timm_net("resnet18d"), 9, 9),
     "timm resnetrs50": (timm_net("resnetrs50"), 17, 0),
     "timm features": (timm_net("resnet18", features_only=True, num_classes=1000), 8, 8),
 }
@@ -104,7 +105,7 @@ def test_results_are_the_librarys(name, training):
         torch.testing.assert_close(b, a, msg=key)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "timm resnet18"])
+@pytest.mark.parametrize("name", ["resnet18", "timm resnet18", "timm resnet18d"])
 def test_the_fused_path_runs(name):
     theirs, ours = twins(name)
     x = torch.randn(2, 3, 32, 32)

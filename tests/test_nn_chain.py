@@ -67,7 +67,7 @@ ALTERATIONS = {
         "the shortcut has a hook",
     ),
     "another shortcut": (
-        replaced("downsample", nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16))),
+        replaced("downsample", nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16))),
         "the shortcut is not a convolution and a norm: Sequential",
     ),
 }

@@ -38,7 +38,7 @@ class Entry:
 
     Args:
         name: in the model; of a stem, that of the net that it belongs to and "stem".
-        fused: whether it does, whatever its input.
+        fused: whether it does, whatever its input; the stem of ResNet-C and -D runs as two.
         reason: why not; None if it does.
     """
 

@@ -62,8 +62,8 @@ class Pad(NamedTuple):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.before, self.after))
 
 
-# what is added at the end: nothing, the chain's input, that input through the last of the convolutions,
-# another tensor, or the input padded
+# what is added at the end: nothing, the chain's input, that input (or another one) through the last of the
+# convolutions, another tensor, or the input padded
 Shortcut = Literal["none", "identity", "projection", "residual"] | Pad
 
 
@@ -122,7 +122,10 @@ class _Conv(NamedTuple):
 def run(
     x: Tensor, residual: Tensor | None, convs: Sequence[ConvNorm], shortcut: Shortcut, relu: bool
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """The output, and the raw output of each convolution with its vectors."""
+    """The output, and the raw output of each convolution with its vectors.
+
+    ``residual`` is what is added, or, with a projection, what goes through that instead of ``x``.
+    """
     raw: list[tuple[Tensor, Tensor]] = []
     flow = Pending(x)
     for conv in convs[:-1] if shortcut == "projection" else convs:
@@ -131,7 +134,8 @@ def run(
     y, stats = raw[-1]
     residual_stats = None
     if shortcut == "projection":
-        raw.append(Pending(x).convolve(convs[-1].weight, convs[-1].geometry, convs[-1].norm))
+        source = Pending(x if residual is None else residual)
+        raw.append(source.convolve(convs[-1].weight, convs[-1].geometry, convs[-1].norm))
         residual, residual_stats = raw[-1]
     elif isinstance(shortcut, Pad):
         residual = shortcut.of(x)
@@ -171,7 +175,8 @@ class Chain(torch.autograd.Function):
             of_norm = any(ctx.needs_input_grad[6 + 3 * i : 8 + 3 * i])
             fixed = not convs[i].norm.training and not of_norm
             tensors += [weight, z if i >= last and fixed else y, stats]
-        ctx.save_for_backward(x, z if through_relu else None, *tensors)
+        projected = residual if shortcut == "projection" else None
+        ctx.save_for_backward(x, projected, z if through_relu else None, *tensors)
         return z
 
     @staticmethod
@@ -185,7 +190,7 @@ class Chain(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def _backward(ctx: Any, grad: Tensor, owned: bool) -> tuple[Tensor | None, ...]:
-        x, z, *tensors = ctx.saved_tensors
+        x, projected, z, *tensors = ctx.saved_tensors
         of_x, of_residual, _, _, _, *of_parameters = ctx.needs_input_grad
         layout = ops.layout(x)
         if not grad.is_contiguous(memory_format=layout):
@@ -196,14 +201,16 @@ class Chain(torch.autograd.Function):
             ctx.links, _threes(tensors), _threes(of_parameters), strict=True
         ):
             if ctx.shortcut == "projection" and link is ctx.links[-1]:
-                source, wanted = Pending(x), of_x
+                source, wanted = (
+                    (Pending(x), of_x) if projected is None else (Pending(projected), of_residual)
+                )
             conv = _Conv(
                 link.geometry, link.training, weight, y, stats, source, wanted, of_weight, any(of_norm)
             )
             convs.append(conv)
             source, wanted = Pending(y, stats, ctx.relu), conv.of_y or conv.of_norm
         gradients = _Gradients(convs, ctx.shortcut, ctx.relu)
-        dx, dresidual = gradients.run(grad, owned, z)
+        dx, dresidual = gradients.run(grad, owned, z, joined=projected is None)
         norms = parameter_gradients(
             gradients.sums,
             [n for needs in _threes(of_parameters) for n in needs[1:]],
@@ -229,8 +236,13 @@ class _Gradients:
         self.weights: list[Tensor | None] = [None] * len(convs)
         self.sums: list[Tensor | None] = [None] * len(convs)
 
-    def run(self, grad: Tensor, owned: bool, z: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """The gradients of the input and of a residual of its own; fills ``weights`` and ``sums``."""
+    def run(
+        self, grad: Tensor, owned: bool, z: Tensor | None, joined: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of the input and of a residual of its own; fills ``weights`` and ``sums``.
+
+        ``joined``: a projection has the chain's input.
+        """
         projected = self.shortcut == "projection"
         last = len(self.convs) - 1 - projected
         conv = self.convs[last]
@@ -258,6 +270,8 @@ class _Gradients:
             self.sums[-1] = branch_sums
             gradient, other = _split(conv, branch, du, owned, self.sums[last], branch_sums)
             add = self._through_projection(branch, other)
+            if not joined:
+                return self._through_chain(gradient, last, None), None if add is None else add.gradient
         return self._through_chain(gradient, last, add), du
 
     def _through_projection(self, conv: _Conv, gradient: PendingGradient) -> Added | None:

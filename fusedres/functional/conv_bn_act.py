@@ -41,6 +41,7 @@ def basic_block(
     conv2: ConvNorm,
     shortcut: ConvNorm | Pad | None = None,
     *,
+    projected: Tensor | None = None,
     relu: bool = True,
 ) -> Tensor:
     """A residual block of two convolutions (He et al. 2015, figure 5 left, equations 1 and 2).
@@ -52,6 +53,8 @@ def basic_block(
         conv1: 3x3, with its batch norm.
         conv2: 3x3, likewise.
         shortcut: a projection (option B), zero padding (option A), or None for an identity.
+        projected: what the projection gets instead of x, as an average pool of x (He et al. 2018, "Bag of
+            tricks", ResNet-D); dtype of x.
         relu: apply the ReLUs, between the convolutions and behind the sum.
 
     Returns:
@@ -60,7 +63,7 @@ def basic_block(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`conv_bn_act`.
     """
-    return _block(x, {"conv1": conv1, "conv2": conv2}, shortcut, relu)
+    return _block(x, {"conv1": conv1, "conv2": conv2}, shortcut, relu, projected)
 
 
 def bottleneck(
@@ -70,6 +73,7 @@ def bottleneck(
     conv3: ConvNorm,
     shortcut: ConvNorm | Pad | None = None,
     *,
+    projected: Tensor | None = None,
     relu: bool = True,
 ) -> Tensor:
     """A residual block of three convolutions (He et al. 2015, figure 5 right).
@@ -80,6 +84,7 @@ def bottleneck(
         conv2: 3x3, likewise.
         conv3: 1x1, likewise.
         shortcut: a projection (option B), zero padding (option A), or None for an identity.
+        projected: as in :func:`basic_block`.
         relu: apply the ReLUs.
 
     Returns:
@@ -88,7 +93,7 @@ def bottleneck(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`conv_bn_act`.
     """
-    return _block(x, {"conv1": conv1, "conv2": conv2, "conv3": conv3}, shortcut, relu)
+    return _block(x, {"conv1": conv1, "conv2": conv2, "conv3": conv3}, shortcut, relu, projected)
 
 
 def plain_block(x: Tensor, conv1: ConvNorm, conv2: ConvNorm, *, relu: bool = True) -> Tensor:
@@ -99,9 +104,17 @@ def plain_block(x: Tensor, conv1: ConvNorm, conv2: ConvNorm, *, relu: bool = Tru
     return _checked(x, {"conv1": conv1, "conv2": conv2}, "none", relu)
 
 
-def _block(x: Tensor, convs: dict[str, ConvNorm], shortcut: ConvNorm | Pad | None, relu: bool) -> Tensor:
+def _block(
+    x: Tensor,
+    convs: dict[str, ConvNorm],
+    shortcut: ConvNorm | Pad | None,
+    relu: bool,
+    projected: Tensor | None,
+) -> Tensor:
     if isinstance(shortcut, ConvNorm):
-        return _checked(x, convs | {"shortcut": shortcut}, "projection", relu)
+        return _checked(x, convs | {"shortcut": shortcut}, "projection", relu, projected)
+    if projected is not None:
+        raise ValueError("projected is for a shortcut that is a projection")
     return _checked(x, convs, "identity" if shortcut is None else shortcut, relu)
 
 
@@ -110,11 +123,19 @@ def _checked(
 ) -> Tensor:
     """The chain by kernels where they serve it, else by PyTorch's operators and ``bn_act``."""
     check_activation(x)
-    shapes = _shapes(x, named, shortcut)
+    projected = x if residual is None or shortcut != "projection" else residual
+    if (projected.dim(), projected.dtype, projected.device) != (4, x.dtype, x.device):
+        raise ValueError(
+            f"projected must be 4D, {x.dtype} and on {x.device}, as x, "
+            f"got {projected.dim()}D {projected.dtype} on {projected.device}"
+        )
+    shapes = _shapes(x, projected, named, shortcut)
     for (name, conv), shape in zip(named.items(), shapes, strict=True):
         check_batch_norm(x, conv.norm, f"{name}.norm.", shape)
     x, convs = _cast(x, named.values())
-    if residual is not None and (residual.shape != shapes[-1] or residual.dtype != x.dtype):
+    if residual is not None and shortcut == "projection":
+        residual = residual.to(x.dtype)
+    elif residual is not None and (residual.shape != shapes[-1] or residual.dtype != x.dtype):
         raise ValueError(
             f"residual must be {x.dtype} {list(shapes[-1])}, got {residual.dtype} {list(residual.shape)}"
         )
@@ -130,8 +151,10 @@ def _checked(
     return Chain.apply(x, residual, convs, shortcut, relu, *parameters)  # type: ignore[no-any-return]
 
 
-def _shapes(x: Tensor, named: dict[str, ConvNorm], shortcut: Shortcut) -> list[tuple[int, ...]]:
-    """The shapes of the raw outputs.
+def _shapes(
+    x: Tensor, projected: Tensor, named: dict[str, ConvNorm], shortcut: Shortcut
+) -> list[tuple[int, ...]]:
+    """The shapes of the raw outputs; ``projected`` is what a projection gets.
 
     Raises:
         ValueError: a weight or a shortcut that doesn't fit.
@@ -144,7 +167,7 @@ def _shapes(x: Tensor, named: dict[str, ConvNorm], shortcut: Shortcut) -> list[t
             shapes.append(shape)
     n, channels, height, width = end = tuple(x.shape)
     if shortcut == "projection":
-        end = _shape_behind(end, named["shortcut"], "shortcut")
+        end = _shape_behind(tuple(projected.shape), named["shortcut"], "shortcut")
         shapes.append(end)
     elif isinstance(shortcut, Pad):
         if shortcut.stride not in (1, 2) or min(shortcut.before, shortcut.after) < 0:
@@ -216,7 +239,8 @@ def _composed(
         out = _norm(_convolved(out, conv), conv.norm, relu)
     out = _convolved(out, chain[-1])
     if projection is not None:
-        return _norm(out, chain[-1].norm, relu, _convolved(x, projection), projection.norm)
+        source = x if residual is None else residual
+        return _norm(out, chain[-1].norm, relu, _convolved(source, projection), projection.norm)
     if isinstance(shortcut, Pad):
         residual = shortcut.of(x)
     elif shortcut == "identity":

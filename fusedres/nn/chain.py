@@ -19,7 +19,7 @@ from fusedres.nn.fuse import (
     unfused_dtype_reason,
     unfused_reason,
 )
-from fusedres.nn.shortcut import PadShortcut
+from fusedres.nn.shortcut import PadShortcut, is_projection, pooled
 
 GROWTH = 4  # of a block with a projection: the largest of its activations, by its input
 
@@ -29,8 +29,8 @@ Pairs = Sequence[tuple[nn.Module, nn.Module]]
 
 def _projection(downsample: nn.Module | None) -> tuple[nn.Module, nn.Module] | None:
     """The convolution and the norm of a projection shortcut."""
-    if type(downsample) is nn.Sequential and len(downsample) == 2:
-        return downsample[0], downsample[1]
+    if is_projection(downsample):
+        return downsample[-2], downsample[-1]
     return None
 
 
@@ -147,7 +147,7 @@ def fused_chain(
     elif isinstance(downsample, PadShortcut):
         by = functional.Pad(downsample.stride, *downsample.padding)
     block: Any = functional.basic_block if len(convs) == 2 else functional.bottleneck
-    return block(x, *convs, by, relu=relu)  # type: ignore[no-any-return]
+    return block(x, *convs, by, projected=pooled(downsample, x), relu=relu)  # type: ignore[no-any-return]
 
 
 def _contract(conv: Any, norm: nn.Module, x: Tensor) -> functional.ConvNorm:

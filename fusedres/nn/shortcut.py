@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from fusedres.nn.casts import convolve
 from fusedres.nn.fuse import altered, traced
 
 Zeros = Literal["end", "split"]
+_POOLS = (nn.AvgPool2d, nn.Identity)
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -23,21 +24,31 @@ def shortcut(downsample: nn.Module | None, x: Tensor) -> tuple[Tensor, nn.Module
     """The shortcut of a block, and the norm that it still has to go through: ``batch_norm_act``'s last two.
 
     Args:
-        downsample: None for an identity; of an nn.Sequential of two children the second is left to the end
-            of the block, to be fused there.
+        downsample: None for an identity; the norm of a projection is left to the end of the block, to be
+            fused there.
         x: [N, C, H, W], the block's input.
     """
     if downsample is None:
         return x, None
-    if (
-        type(downsample) is nn.Sequential
-        and len(downsample) == 2
-        and altered(downsample) is None
-        and traced(x) is None
-    ):
-        conv, norm = downsample
-        return convolve(conv, x), norm
+    if is_projection(downsample) and altered(downsample) is None and traced(x) is None:
+        source = pooled(downsample, x)
+        return convolve(downsample[-2], x if source is None else source), downsample[-1]
     return downsample(x), None
+
+
+def is_projection(downsample: nn.Module | None) -> TypeGuard[nn.Sequential]:
+    """Whether a shortcut is a convolution and a norm, or these behind an average pool, as in ResNet-D."""
+    if type(downsample) is not nn.Sequential:
+        return False
+    return len(downsample) == 2 or (len(downsample) == 3 and isinstance(downsample[0], _POOLS))
+
+
+def pooled(downsample: nn.Module | None, x: Tensor) -> Tensor | None:
+    """What a projection behind an average pool gets; None for any other shortcut, which gets ``x``."""
+    if not is_projection(downsample) or len(downsample) == 2:
+        return None
+    source = downsample[0](x)
+    return None if source is x else source  # no tensor of its own, no gradient of its own
 
 
 class PadShortcut(nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fusedres import functional
 from fusedres.nn.casts import convolve, weight_of
+from fusedres.nn.chain import Pairs, fused_chain, unfused_chain_reason
 from fusedres.nn.fuse import (
     altered,
     batch_norm_act,
@@ -44,13 +45,28 @@ def _is_pool(pool: nn.Module) -> bool:
     )
 
 
+def _deep(conv: nn.Module) -> tuple[Pairs, nn.Module, nn.Module] | None:
+    """ResNet-C's three convolutions of 3x3: two with their norms, the ReLU behind each, and the last one."""
+    if type(conv) is not nn.Sequential or len(conv) != 7 or altered(conv) is not None:
+        return None
+    conv1, norm1, act1, conv2, norm2, act2, last = conv
+    if type(act1) is not type(act2) or altered(act2) is not None:
+        return None
+    return ((conv1, norm1), (conv2, norm2)), act1, last
+
+
 def unfused_stem_reason(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: nn.Module) -> str | None:
-    """Why a stem doesn't run as one Function, whatever its input; None if it does.
+    """Why a stem doesn't run as one Function, ResNet-C's as two, whatever its input; None if it does.
 
     Args:
         conv: as of :func:`stem`, and so are the others.
     """
-    if not _is_convolution(conv):
+    deep = _deep(conv)
+    if deep is not None:
+        why = unfused_chain_reason(*deep[:2])
+        if why is not None:
+            return why
+    elif not _is_convolution(conv):
         return "the stem's convolution is not a plain 7x7 of stride 2 and padding 3"
     if not _is_pool(pool):
         return "the stem's pool is not a plain 3x3 max pool of stride 2 and padding 1"
@@ -64,6 +80,7 @@ def stem(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: nn.Module, x: T
 
     Args:
         conv: fused if it is exactly an nn.Conv2d of 7x7, stride 2 and padding 3, without a bias.
+            Of ResNet-C's three of 3x3 (He et al. 2018, "Bag of tricks") the first two are one Function.
         norm: a batch norm; anything else is called.
         act: fused if it is exactly an nn.ReLU.
         pool: fused if it is exactly an nn.MaxPool2d of 3x3, stride 2 and padding 1.
@@ -73,12 +90,23 @@ def stem(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: nn.Module, x: T
     if (
         traced(x) is None
         and x.dim() == 4
+        and _deep(conv) is None
         and unfused_stem_reason(conv, norm, act, pool) is None
         and unfused_dtype_reason(norm, convolved_dtype(x)) is None
     ):
         weight = weight_of(conv, x)
         return functional.stem(x, functional.ConvNorm(weight, batch_norm_of(norm), 2))
-    return batch_norm_act_maxpool(norm, act, pool, convolve(conv, x))
+    return batch_norm_act_maxpool(norm, act, pool, _convolved(conv, x))
+
+
+def _convolved(conv: nn.Module, x: Tensor) -> Tensor:
+    deep = _deep(conv)
+    if deep is not None:
+        pairs, act, last = deep
+        fused = fused_chain(pairs, act, x, shortcut=False)
+        if fused is not None:
+            return convolve(last, fused)
+    return convolve(conv, x)
 
 
 def batch_norm_act_maxpool(norm: nn.Module, act: nn.Module, pool: nn.Module, x: Tensor) -> Tensor:
