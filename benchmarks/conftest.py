@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 
 import pytest
@@ -27,6 +29,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "norm" in metafunc.fixturenames:
         models, largest = (("resnet18", "resnet50"), None) if full else (("resnet50", "resnet18"), 3)
         metafunc.parametrize("norm", shapes.norms(models, largest), ids=str)
+    if "block" in metafunc.fixturenames:
+        stages = range(1, 5) if full else (3,)
+        metafunc.parametrize("block", shapes.blocks(("resnet18", "resnet50"), stages), ids=str)
     if "model" in metafunc.fixturenames:
         nets = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
         metafunc.parametrize("model", nets if full else ("resnet18", "resnet50"))
@@ -41,7 +46,8 @@ def device() -> torch.device:
 def measure(benchmark: BenchmarkFixture, request: pytest.FixtureRequest, device: torch.device) -> Measure:
     """Time a function of no arguments, and record what was timed beside the figures.
 
-    What serves ``op`` is what "fused" stands for.
+    What serves ``op`` is what "fused" stands for. With ``against``, a name and another step, that one runs
+    before every round, and ``ratio`` is its time by this one's: above 1, this one is faster.
     """
 
     def run(
@@ -50,12 +56,22 @@ def measure(benchmark: BenchmarkFixture, request: pytest.FixtureRequest, device:
         implementation: str,
         dtype: torch.dtype,
         op: str = "bn_act",
+        against: tuple[str, Callable[[], object]] | None = None,
+        rounds: int | None = None,
         **facts: object,
     ) -> None:
-        def timed() -> None:
+        def timed(step: Callable[[], object] = step) -> None:
             step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
+
+        others: list[float] = []
+
+        def before() -> None:
+            if against is not None:
+                start = time.perf_counter()
+                timed(against[1])
+                others.append(time.perf_counter() - start)
 
         benchmark.group = group
         served = ops.choice(op, device, dtype, ops.forced_backend()).implementation
@@ -68,7 +84,11 @@ def measure(benchmark: BenchmarkFixture, request: pytest.FixtureRequest, device:
             versions=machine.versions(),
             **facts,
         )
-        rounds = FULL_ROUNDS if request.config.getoption("--full") else QUICK_ROUNDS
-        benchmark.pedantic(timed, rounds=rounds, warmup_rounds=WARMUP_ROUNDS)
+        if rounds is None:
+            rounds = FULL_ROUNDS if request.config.getoption("--full") else QUICK_ROUNDS
+        benchmark.pedantic(timed, setup=before, rounds=rounds, warmup_rounds=WARMUP_ROUNDS)
+        if against is not None and benchmark.stats is not None:
+            other = statistics.median(others[WARMUP_ROUNDS:])
+            benchmark.extra_info.update(against=against[0], ratio=other / benchmark.stats.stats.median)
 
     return run

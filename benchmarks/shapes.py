@@ -51,6 +51,33 @@ class Conv(NamedTuple):
         return f"{kernel} {image} -> {self.outputs}"
 
 
+class Block(NamedTuple):
+    """A residual block: its input's channels and size, its ``planes``, stride and number of convolutions."""
+
+    inputs: int
+    planes: int
+    stride: int
+    height: int
+    width: int
+    depth: int
+
+    @property
+    def convolutions(self) -> tuple[tuple[int, int, int, int], ...]:
+        """(channels in, channels out, kernel size, stride) of each."""
+        inputs, planes = self.inputs, self.planes
+        if self.depth == 2:
+            return (inputs, planes, 3, self.stride), (planes, planes, 3, 1)
+        return (inputs, planes, 1, 1), (planes, planes, 3, self.stride), (planes, 4 * planes, 1, 1)
+
+    def output(self, batch: int) -> tuple[int, int, int, int]:
+        size = ((side - 1) // self.stride + 1 for side in (self.height, self.width))
+        return batch, self.convolutions[-1][1], *size
+
+    def __str__(self) -> str:
+        kind = "basic" if self.depth == 2 else "bottleneck"
+        return f"{kind} {self.inputs}x{self.height}x{self.width} -> {self.convolutions[-1][1]}/{self.stride}"
+
+
 def layers(model: str, image_size: int = IMAGE_SIZE) -> Counter[Norm | Conv]:
     """The distinct layers of ``model`` in the order of a forward pass, and how many there are of each."""
     found: Counter[Norm | Conv] = Counter()
@@ -90,6 +117,26 @@ def norms(models: Iterable[str], largest: int | None = None) -> list[Norm]:
         by_size = sorted(counts, key=lambda norm: norm.values(counts[norm]), reverse=True)
         chosen |= dict.fromkeys(by_size[:largest])
     return list(chosen)
+
+
+def blocks(models: Iterable[str], stages: Iterable[int] = range(1, 5)) -> list[Block]:
+    """The distinct residual blocks of ``models``, in their order; of some stages, 1 to 4, alone."""
+    found: dict[Block, None] = {}
+
+    def see(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        channels, height, width = inputs[0].shape[1:]
+        convs = [getattr(module, f"conv{i}") for i in range(1, module.depth + 1)]
+        stride = max(conv.stride[0] for conv in convs)
+        found[Block(channels, convs[0].out_channels, stride, height, width, module.depth)] = None
+
+    for model in models:
+        with torch.device("meta"):
+            net, image = EagerResNet(model), torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+        for stage in stages:
+            for block in getattr(net, f"layer{stage}"):
+                block.register_forward_pre_hook(see)
+        net(image)
+    return list(found)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusedres.nn.casts import convolve
 from fusedres.nn.chain import Pairs, fused_chain, is_small, unfused_chain_reason
-from fusedres.nn.fuse import batch_norm_act, copied_statistics, is_recomputed
+from fusedres.nn.fuse import altered, batch_norm_act, copied_statistics, is_recomputed
 from fusedres.nn.shortcut import one_of, shortcut
 
 Variant = Literal["v1.5", "v1"]
@@ -68,13 +68,14 @@ class Residual:
 
 def _child_by_child(pairs: Pairs, relu: nn.Module, downsample: nn.Module | None, x: Tensor) -> Tensor:
     """As torchvision's blocks do it."""
+    act = torch.relu_ if type(relu) is nn.ReLU and altered(relu) is None else relu
     *before, (conv, norm) = pairs
     out = x
     for inner, inner_norm in before:
-        out = relu(inner_norm(inner(out)))
+        out = act(inner_norm(inner(out)))
     out = norm(conv(out))
     out += x if downsample is None else downsample(x)
-    return relu(out)  # type: ignore[no-any-return]
+    return act(out)
 
 
 def basic_pairs(block: Any) -> Pairs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,6 +94,12 @@ def _unfused_input_reason(pairs: Pairs, x: Tensor, projected: bool) -> str | Non
     return None
 
 
+# a lookup by itself takes longer than the rest of the question
+@functools.lru_cache
+def _least_on_a_cpu(dtype: torch.dtype) -> int | None:
+    return ops.served_from("bn_act", torch.device("cpu"), dtype, "auto")
+
+
 def is_small(x: Tensor, downsample: nn.Module | None) -> bool:
     """Whether a block's activations are so few that PyTorch's own operators are as fast: on a CPU.
 
@@ -102,12 +109,11 @@ def is_small(x: Tensor, downsample: nn.Module | None) -> bool:
         x: [N, C, H, W], the block's input.
         downsample: the module of its shortcut; None for an identity.
     """
-    if torch.compiler.is_compiling() or traced(x) is not None or x.device.type != "cpu":
+    if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor or not x.is_cpu:
         return False
-    forced = ops.forced_backend()
-    if forced != "auto":
+    if ops.forced_backend() != "auto":
         return False
-    least = ops.served_from("bn_act", x.device, convolved_dtype(x), forced)
+    least = _least_on_a_cpu(convolved_dtype(x) if torch._C._is_any_autocast_enabled() else x.dtype)
     return least is None or x.numel() * (1 if downsample is None else GROWTH) < least
 
 
