@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typed_program
 
 import fusedres
 from fusedres import kernels
@@ -126,6 +127,10 @@ print(ops.choice("bn_act", x.device, x.dtype, "auto"), kernels.unavailable())
         assert "implementation='aten'" in result.stdout and "can't be loaded" in result.stdout
     if missing == "triton":
         assert "triton is not installed" in result.stdout
+
+
+def test_the_program_that_mypy_checks_runs():
+    typed_program.main()
 
 
 def stub() -> tuple[dict[str, tuple[list[str], str]], set[str]]:

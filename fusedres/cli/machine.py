@@ -57,7 +57,7 @@ def versions() -> dict[str, str | None]:
 
 
 def _cudnn() -> str | None:
-    version = torch.backends.cudnn.version()
+    version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
     return None if version is None else str(version)
 
 
