@@ -66,8 +66,8 @@ def main() -> None:
     nets()
     swapped(nn.Sequential(fusedres.ResNet18()))
     one_op(torch.randn(2, 8, 4, 4), nn.BatchNorm2d(8))
-    images = torch.randn(2, 3, 64, 64)
-    trained(fusedres.ResNet18().eval(), images)
+    images = torch.randn(2, 3, 32, 32)
+    trained(fusedres.CifarResNet(8).eval(), images)
     found(images)
 
 
