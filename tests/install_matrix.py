@@ -182,9 +182,9 @@ class Matrix:
             has_triton = any(line.startswith("triton==") for line in installed.splitlines())
             if cell.triton == "with" and not has_triton:
                 raise Absent("this PyTorch brings no Triton")
-            if cell.triton == "without" and has_triton:
-                run(python, "-m", "pip", "uninstall", "-q", "-y", "triton", env=env, cwd=self.folder)
             self.install(python, str(wheel))
+            if cell.triton == "without" and has_triton:  # after the wheel, with which pip would bring it back
+                run(python, "-m", "pip", "uninstall", "-q", "-y", "triton", env=env, cwd=self.folder)
             self._pip_check(python, removed=cell.triton == "without" and has_triton)
             return run(
                 python, "-I", CHECK, cell.torch, cell.nvcc, cell.triton, env=env, cwd=self.folder
@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         archive = matrix.archive()
         for cell in (Cell(t, n, k) for t in args.torch for n in args.nvcc for k in args.triton):
             outcomes[cell] = outcome(matrix, cell, archive)
-            print(f"{cell}: {outcomes[cell].status}", file=sys.stderr, flush=True)
+            print(f"{cell}: {outcomes[cell].status} {outcomes[cell].detail}", file=sys.stderr, flush=True)
     finally:
         if not args.keep:
             shutil.rmtree(folder)
