@@ -15,6 +15,7 @@ import pytest
 import torch
 from pages import CHECKOUT, PAGES, Block, blocks
 
+from fusedres import plan
 from fusedres.cli import main
 
 ERROR = re.compile(r"\w+(Error|Warning): ")
@@ -87,6 +88,26 @@ def test_every_error_stands_behind_the_code_that_raises_it() -> None:
     behind = {block.result for block in blocks() if block.language in ("python", "sh")}
     texts = [block for block in blocks() if block.language == "text"]
     assert [block.where for block in texts if block.code not in behind] == []
+
+
+@pytest.mark.parametrize(
+    ("backend", "facts"),
+    [
+        ("triton", {}),
+        ("cuda", {"device": "cuda", "capability": (7, 5)}),
+        ("cuda", {"device": "cuda", "capability": (9, 0), "built_for": ("80-real",)}),
+        ("cpu", {"dtype": "float64"}),
+    ],
+)
+def test_reasons(backend: str, facts: dict[str, Any]) -> None:
+    """The table of reasons has them as the rules give them."""
+    problem = plan.Problem(**{"op": "bn_act", "device": "cpu", "dtype": "float32"} | facts)
+    why = plan.refusal(backend, problem, {})
+    assert why is not None
+    table = (
+        (CHECKOUT / "docs" / "troubleshooting.md").read_text().replace("built for 80,", "built for 80-real,")
+    )
+    assert f"`{why}`" in table.replace("compute capability ...", "compute capability 9.0")
 
 
 def anchors(page: Path) -> set[str]:

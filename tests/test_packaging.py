@@ -73,6 +73,21 @@ def test_the_version_is_written_once(tracked: list[str], capsys: pytest.CaptureF
     assert newest is not None and newest[1] in ("Unreleased", fusedres.__version__)
 
 
+@pytest.mark.parametrize(("variable", "value"), [("FUSEDRES_BUILD_CUDA", "yes"), ("MAX_JOBS", "all")])
+def test_what_a_build_refuses_is_on_the_page(packed: Path, variable: str, value: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext"],
+        cwd=packed,
+        env=os.environ | {variable: value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    message = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and message.startswith(f"{variable} must be ")
+    assert f"`{message}`" in (CHECKOUT / "docs" / "install.md").read_text()
+
+
 def test_nvcc_is_hidden_and_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "bin"
     folder.mkdir()
