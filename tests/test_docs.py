@@ -18,7 +18,6 @@ from pages import CHECKOUT, PAGES, Block, blocks
 from fusedres import plan
 from fusedres.cli import main
 
-ERROR = re.compile(r"\w+(Error|Warning): ")
 # README's and others' by name: test_swap.py runs them and looks at more than that they run
 PYTHON = [block for block in blocks() if block.language == "python" and not block.name]
 COMMANDS = [block for block in blocks() if block.language == "sh" and block.result is not None]
@@ -45,18 +44,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def outcome(code: str) -> str:
-    """What a block prints; behind it the error or the first warning that it ends with."""
-    printed, error = io.StringIO(), ""
+def outcome(code: str) -> tuple[str, str]:
+    """What a block prints, with the error that it ends with; and its first warning."""
+    printed = io.StringIO()
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed):
         warnings.simplefilter("always", UserWarning)
-        names: dict[str, Any] = {"__name__": "__main__"}
         try:
-            exec(compile(code, "the page", "exec"), names)
+            exec(compile(code, "the page", "exec"), {"__name__": "__main__"})
         except Exception as raised:
-            error = f"{type(raised).__name__}: {raised}\n"
+            print(f"{type(raised).__name__}: {raised}")
     told = [f"UserWarning: {w.message}\n" for w in caught if w.category is UserWarning]
-    return printed.getvalue() + (error or "".join(told[:1]))
+    return printed.getvalue(), "".join(told[:1])
 
 
 @pytest.mark.usefixtures("here")
@@ -64,12 +62,13 @@ def outcome(code: str) -> str:
 def test_python(block: Block) -> None:
     for module in block.needs:
         pytest.importorskip(module, exc_type=ImportError)
-    found = outcome(block.code)
-    if block.result is not None:
-        lines = [line.rstrip() for line in found.splitlines()]
-        assert lines == block.result.splitlines()
-    else:
-        assert not ERROR.search(found), found
+    found, warning = outcome(block.code)
+    if block.result is None:
+        assert not re.search(r"^\w+Error: ", found, re.MULTILINE), found
+        return
+    if "Warning: " in block.result:
+        found += warning
+    assert [line.rstrip() for line in found.splitlines()] == block.result.splitlines()
 
 
 @pytest.mark.usefixtures("here")
