@@ -21,7 +21,7 @@ INTERPRETED := tests/test_gpu_kernels.py $(CONVS) tests/test_conv_bn_act.py test
 	tests/test_inference_gpu.py
 CODEGEN := tests/test_triton_codegen.py tests/test_cuda_codegen.py $(CONVS)
 
-.PHONY: demo test test-full lint test-main test-interpreted test-emulated test-core codegen bench format clean
+.PHONY: demo test test-full lint test-main test-interpreted test-emulated test-core codegen matrix bench format clean
 
 demo: .venv/ready
 	mkdir -p demo && rm -rf demo/digits
@@ -64,6 +64,10 @@ test-core: .venv-core/ready
 # every configuration of every kernel for every architecture
 codegen: .venv/ready
 	$(BIN)/python -m pytest -n auto $(CODEGEN) -m 'codegen or not codegen'
+
+# installs into fresh environments, with and without nvcc and Triton: MATRIX="--torch 2.14.1 2.10.0"
+matrix:
+	$(PYTHON) tests/install_matrix.py $(MATRIX)
 
 bench: .venv/ready
 	$(BIN)/python -m pytest benchmarks --benchmark-only --full --benchmark-autosave

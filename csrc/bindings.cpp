@@ -195,4 +195,10 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.attr("cuda_archs") = py::tuple(py::cast(std::vector<std::string>{FUSEDRES_CUDA_ARCHS}));
   m.attr("cuda_reason") = FUSEDRES_CUDA_REASON;
+  py::dict build;
+  build["compiler"] = FUSEDRES_CXX;
+  build["nvcc"] = FUSEDRES_NVCC;
+  build["openmp"] = FUSEDRES_OPENMP;
+  build["type"] = FUSEDRES_BUILD_TYPE;
+  m.attr("build") = build;
 }

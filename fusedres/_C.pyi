@@ -2,6 +2,7 @@
 
 cuda_archs: tuple[str, ...]
 cuda_reason: str
+build: dict[str, str]  # compiler, nvcc, openmp ("": without), type
 
 def cpu_isa() -> str: ...
 def use_cpu_isa(isa: str) -> None: ...

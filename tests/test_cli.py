@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import fusedres
-from fusedres import plan
-from fusedres.cli import main
+from fusedres import kernels, plan
+from fusedres.cli import machine, main
 
 COMMANDS = ("autotune", "bench", "eval", "experiment", "info", "predict", "quantize", "train")
 CLASSES = 7
@@ -197,6 +197,38 @@ def test_info_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         for choice in entry["dtypes"].values():
             assert choice["implementation"] in (*plan.IMPLEMENTATIONS, "aten")
             assert choice["reason"]
+
+
+def test_info_has_what_a_bug_report_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = tmp_path / "version"
+    version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build\n")
+    monkeypatch.setattr(machine, "_DRIVER", version)
+    monkeypatch.setattr(kernels, "unavailable", lambda: {"triton": "triton is not installed"})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("UNRELATED", "secret")
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    packages = {"fusedres", "python", "torch", "torchvision", "timm", "triton", "numpy", "pillow"}
+    assert facts["versions"].keys() == packages | {"cuda", "cudnn", "driver"}
+    assert facts["versions"]["driver"] == "580.82.07"
+    assert facts["platform"]
+    assert facts["unavailable"] == {"triton": "triton is not installed"}
+    assert facts["environment"]["CUDA_VISIBLE_DEVICES"] == "0" and "UNRELATED" not in facts["environment"]
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "580.82.07" in out and "unavailable: triton is not installed" in out and "secret" not in out
+
+
+@pytest.mark.skipif("cpu" in kernels.unavailable(), reason="the compiled module is not built")
+def test_info_has_how_the_compiled_module_was_built(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    module = json.loads(capsys.readouterr().out)["compiled_module"]
+    assert module["build"].keys() == {"compiler", "nvcc", "openmp", "type"}
+    assert module["build"]["compiler"] and bool(module["build"]["nvcc"]) == bool(module["cuda_archs"])
+    assert main(["info"]) == 0
+    assert f"by {module['build']['compiler']}" in capsys.readouterr().out
 
 
 def test_info_shows_a_backend_that_cannot_serve(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import typed_program
 
 import fusedres
 from fusedres import kernels
@@ -127,6 +129,29 @@ print(ops.choice("bn_act", x.device, x.dtype, "auto"), kernels.unavailable())
         assert "triton is not installed" in result.stdout
 
 
+def test_the_program_that_mypy_checks_runs():
+    typed_program.main()
+
+
+def stub() -> tuple[dict[str, tuple[list[str], str]], set[str]]:
+    """Functions of the stub, each with the kinds of its parameters and of what it returns; attributes."""
+    body = ast.parse((PACKAGE / "_C.pyi").read_text()).body
+    functions = {
+        node.name: ([ast.unparse(a.annotation) for a in node.args.args], ast.unparse(node.returns))
+        for node in body
+        if isinstance(node, ast.FunctionDef)
+    }
+    return functions, {node.target.id for node in body if isinstance(node, ast.AnnAssign)}
+
+
+def plain(kind: str) -> str:
+    """A kind without what pybind11 adds to it: ``typing.SupportsInt | typing.SupportsIndex`` is an int."""
+    kind = re.sub(r"(collections\.abc\.)?Sequence", "list", kind)
+    for protocol, of in (("Int", "int"), ("Float", "float")):
+        kind = re.sub(rf"typing\.Supports{protocol}( \| typing\.SupportsIndex)?", of, kind)
+    return kind
+
+
 @pytest.mark.skipif("cpu" in kernels.unavailable(), reason="the compiled module is not built")
 class TestCompiledModule:
     def test_links_no_torch(self):
@@ -153,12 +178,22 @@ print(module.cpu_isa(), "torch" in sys.modules)
     def test_stub_has_every_name(self):
         from fusedres import _C
 
-        stub = ast.parse((PACKAGE / "_C.pyi").read_text())
-        names = {n.name for n in stub.body if isinstance(n, ast.FunctionDef)}
-        names |= {n.target.id for n in stub.body if isinstance(n, ast.AnnAssign)}
-        built = {n for n in dir(_C) if not n.startswith("_")}
-        assert built <= names
-        assert names - built <= {n for n in names if n.startswith("cuda_")}
+        functions, attributes = stub()
+        built = {name for name in dir(_C) if not name.startswith("_")}
+        missing = (functions.keys() | attributes) - built
+        assert built <= functions.keys() | attributes
+        assert missing == set() if _C.cuda_archs else all(name.startswith("cuda_") for name in missing)
+
+    def test_stub_has_every_signature(self):
+        """Parameters and what is returned, as pybind11 writes them above a docstring."""
+        from fusedres import _C
+
+        for name, (parameters, returned) in stub()[0].items():
+            if hasattr(_C, name):
+                said = re.match(r"\w+\((.*?)\) -> (\w+)", getattr(_C, name).__doc__)
+                assert said is not None and said[2] == returned, name
+                kinds = re.findall(r"arg\d+: (.+?)(?:, (?=arg)|$)", said[1])
+                assert [plain(kind) for kind in kinds] == [plain(kind) for kind in parameters], name
 
     def test_refuses_what_it_would_misread(self):
         from fusedres import _C

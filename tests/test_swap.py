@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import importlib
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pages import named
 from torch.utils.data import DataLoader, TensorDataset
 
 import fusedres
 
-README = Path(__file__).parents[1] / "README.md"
 LINE = "model = fusedres.ResNet18()  # was: torchvision.models.resnet18()\n"
-
-
-def snippets() -> dict[str, str]:
-    """The README's Python, by the names in the comments above each."""
-    text = README.read_text()
-    named = dict(re.findall(r"<!-- (\w+) -->\n```python\n(.*?)```", text, re.DOTALL))
-    assert len(named) == text.count("```python")
-    return named
 
 
 def script(model: str) -> str:
     """The README's training script with either model."""
-    found = snippets()["swap"]
+    found = named()["swap"]
     assert LINE in found
     return found.replace(LINE, f"model = {model}\n")
 
@@ -65,14 +56,14 @@ def test_three_steps_of_a_training_script(tmp_path: Path, monkeypatch: pytest.Mo
         torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-3, atol=1e-4)
 
 
-def test_every_other_snippet_of_the_readme_runs() -> None:
-    assert snippets().keys() == {"swap", "convert", "op", "detection", "inference"}
+def test_an_op_and_a_trained_net() -> None:
+    assert named().keys() == {"swap", "convert", "op", "detection", "inference"}
     names: dict[str, Any] = {}
-    exec(snippets()["op"], names)
+    exec(named()["op"], names)
     assert names["z"].shape == names["x"].shape and names["bn"].running_mean.abs().sum() > 0
 
     names = {}
-    exec(snippets()["inference"], names)
+    exec(named()["inference"], names)
     with torch.no_grad():
         expected = names["model"](names["images"])
     for logits, allowed in ((names["logits"], 0.03), (names["logits_of_8_bits"], 0.15)):
@@ -83,16 +74,16 @@ def test_every_other_snippet_of_the_readme_runs() -> None:
 def test_the_snippet_that_converts(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchvision")
     names: dict[str, Any] = {}
-    exec(snippets()["convert"], names)
+    exec(named()["convert"], names)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 17 and all(line.endswith(": fused") for line in lines)
     assert not any(entry.fused for entry in fusedres.coverage(names["model"]))
 
 
-def test_the_detector_of_the_readme_trains() -> None:
+def test_the_detector_of_the_docs_trains() -> None:
     pytest.importorskip("torchvision", exc_type=ImportError)
     names: dict[str, Any] = {}
-    exec(snippets()["detection"], names)
+    exec(named()["detection"], names)
     model = names["model"]
     assert set(names["losses"]) == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
     assert all(p.grad is not None for p in model.backbone.parameters())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 from typing import Any
 
 import torch
 
-from fusedres import ops, plan
+from fusedres import kernels, ops, plan
 from fusedres.cli import machine
 from fusedres.cli.options import DTYPES, Commands, add_command
 
@@ -39,6 +40,7 @@ def collect() -> dict[str, Any]:
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return {
         "versions": machine.versions(),
+        "platform": platform.platform(),
         "cpu": {
             "name": machine.cpu_name(),
             "cores": os.cpu_count(),
@@ -55,6 +57,7 @@ def collect() -> dict[str, Any]:
         ],
         "compiled_module": machine.compiled_module(),
         "backend": ops.forced_backend(),
+        "unavailable": kernels.unavailable(),
         "environment": machine.environment(),
         "ops": [_served(op, device) for device in devices for op in plan.ALL_OPS],
     }
@@ -73,6 +76,7 @@ def _served(op: str, device: torch.device) -> dict[str, Any]:
 
 def render(facts: dict[str, Any]) -> str:
     lines = [f"{name:<14}{version or 'not installed'}" for name, version in facts["versions"].items()]
+    lines.append(f"{'platform':<14}{facts['platform']}")
     cpu = facts["cpu"]
     lines.append(f"{'CPU':<14}{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['isa']}")
     for gpu in facts["gpus"]:
@@ -81,6 +85,7 @@ def render(facts: dict[str, Any]) -> str:
     if not facts["gpus"]:
         lines.append(f"{'GPU':<14}none")
     lines.append(f"{'compiled':<14}{_compiled(facts['compiled_module'])}")
+    lines += [f"{name:<14}unavailable: {why}" for name, why in facts["unavailable"].items()]
     lines.append(f"{'backend':<14}{facts['backend']}")
     lines += [f"{'environment':<14}{name}={value}" for name, value in facts["environment"].items()]
     for device in dict.fromkeys(entry["device"] for entry in facts["ops"]):
@@ -93,8 +98,21 @@ def _compiled(module: dict[str, Any]) -> str:
     if not module["loads"]:
         return f"can't be loaded: {module['reason']}"
     cuda = ", ".join(map(str, module["cuda_archs"]))
-    return f"CPU kernels for {module['cpu_isa']}; CUDA kernels " + (
-        f"for {cuda}" if cuda else f"not built ({module['cuda_reason']})"
+    build = module["build"]
+    by = ", ".join(
+        part
+        for part in (
+            build["compiler"],
+            f"nvcc {build['nvcc']}" if build["nvcc"] else "",
+            "OpenMP" if build["openmp"] else "no OpenMP",
+            build["type"],
+        )
+        if part
+    )
+    return (
+        f"CPU kernels for {module['cpu_isa']}; CUDA kernels "
+        + (f"for {cuda}" if cuda else f"not built ({module['cuda_reason']})")
+        + f"; by {by}"
     )
 
 

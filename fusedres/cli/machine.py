@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,28 @@ import torch
 
 from fusedres import __version__
 
-_PACKAGES = ("torchvision", "triton", "numpy", "pillow")
-_ENVIRONMENT = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_", "KMP_", "FUSEDRES_", "TRITON_INTERPRET")
+_PACKAGES = ("torchvision", "timm", "triton", "numpy", "pillow")
+_ENVIRONMENT = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_",
+    "CUDA_",
+    "CUDNN_",
+    "DNNL_",
+    "FUSEDRES_",
+    "GLIBC_TUNABLES",
+    "GOMP_",
+    "KMP_",
+    "LD_PRELOAD",
+    "MALLOC_",
+    "MKL_",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_",
+    "ONEDNN_",
+    "PYTORCH_",
+    "TORCH",
+    "TRITON_",
+)
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def versions() -> dict[str, str | None]:
@@ -24,6 +45,8 @@ def versions() -> dict[str, str | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "cudnn": _cudnn(),
+        "driver": driver(),
     }
     for package in _PACKAGES:
         try:
@@ -31,6 +54,20 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def _cudnn() -> str | None:
+    version = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return None if version is None else str(version)
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver; None without one."""
+    try:
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", _DRIVER.read_text())
+    except OSError:
+        return None
+    return found[0] if found else None
 
 
 def cpu_name() -> str:
@@ -73,4 +110,5 @@ def compiled_module() -> dict[str, Any]:
         "cpu_isa": module.cpu_isa(),
         "cuda_archs": list(module.cuda_archs),
         "cuda_reason": module.cuda_reason,
+        "build": module.build,
     }
