@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedres import functional
 from fusedres.nn.frozen import FrozenBatchNorm2d
@@ -161,13 +162,19 @@ def is_recomputed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def _copy(statistics: Tensor) -> Tensor:
+    # selective checkpointing lets a repeated forward call no op that the first one didn't
+    with _disable_current_modes():
+        return statistics.clone()
+
+
 @contextlib.contextmanager
 def copied_statistics(block: Any) -> Iterator[None]:
     """Inside, the batch norms of ``block`` update copies of their running statistics."""
     buffers = [module._buffers for module in block.modules() if type(module) is nn.BatchNorm2d]
     before = [dict(of_norm) for of_norm in buffers]
     for of_norm in buffers:
-        of_norm |= {name: None if value is None else value.clone() for name, value in of_norm.items()}
+        of_norm |= {name: None if value is None else _copy(value) for name, value in of_norm.items()}
     try:
         yield
     finally:
@@ -190,7 +197,7 @@ def batch_norm_of(norm: Any) -> functional.BatchNorm:
         elif training:
             tracked = norm.num_batches_tracked
             if is_recomputed() and mean is not None and var is not None:
-                mean, var = mean.clone(), var.clone()
+                mean, var = _copy(mean), _copy(var)
             elif tracked is not None:
                 tracked.add_(1)
             if momentum is None and tracked is not None:
