@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from chain_case import FLIPPED
-from ecosystem_nets import images, twins
+from ecosystem_nets import images
 from fused_ops import FusedOps
 from torch import Tensor, nn
-from twin_steps import assert_same, left_behind, norms_of, step
+from twin_steps import assert_same, left_behind, norms_of, short_twins, step
 
 import fusedres
 
@@ -60,7 +60,7 @@ def assert_as_exact(
 def test_a_scaled_step(name, dtype, backend):
     if backend == "cpu":
         pytest.importorskip("fusedres._C")
-    eager, fused = twins(name)
+    eager, fused = short_twins(name)
     exact, x = copy.deepcopy(eager).double(), images()
     with fusedres.backend(backend), FusedOps() as ops:
         found = scaled_step(fused, x, dtype, scaler(2.0**4))
@@ -75,7 +75,7 @@ def test_a_scaled_step(name, dtype, backend):
 @pytest.mark.parametrize("name", ["basic", "timm basic"])
 def test_a_step_whose_gradients_overflow(name, reference):
     """It is skipped, and the next one has half the scale; the statistics have seen the batch."""
-    eager, fused = twins(name)
+    eager, fused = short_twins(name)
     x, before = images(), left_behind(fused)
     for net in (eager, fused):
         scaling = scaler(2.0**40)
@@ -92,7 +92,7 @@ def test_a_step_whose_gradients_overflow(name, reference):
 @HALVES
 def test_a_region_without_autocast(dtype, reference):
     """All of the net, or a stage of it."""
-    eager, fused = twins("torchvision basic")
+    eager, fused = short_twins("torchvision basic")
     x = images()
     expected = step(copy.deepcopy(fused), x)
 
@@ -105,7 +105,7 @@ def test_a_region_without_autocast(dtype, reference):
     assert_same(found, expected, rtol=0, atol=0)
     for net in (eager, fused):
         seen: list[torch.dtype] = []
-        stage = net.layer3
+        stage = net.layer2
         plain = stage.forward
 
         def full(x: Tensor, plain: Any = plain, seen: Any = seen) -> Tensor:
@@ -127,7 +127,7 @@ def test_a_region_without_autocast(dtype, reference):
 @pytest.mark.parametrize("name", ["basic", "timm basic"])
 def test_two_forwards_in_one_region(name, reference):
     """Weights that were cast without a gradient don't serve a forward that has one."""
-    eager, fused = twins(name)
+    eager, fused = short_twins(name)
     exact, (x, y) = copy.deepcopy(eager).double(), images(8).chunk(2)
 
     def both(net: nn.Module, x: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def test_two_forwards_in_one_region(name, reference):
 
 def test_weights_are_cast_anew_after_a_step(reference):
     """Where autocast's own cache would go on with the old ones."""
-    _, fused = twins("basic")
+    _, fused = short_twins("basic")
     x = images()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         before = fused.eval()(x)

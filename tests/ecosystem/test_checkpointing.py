@@ -57,7 +57,7 @@ def test_a_whole_net(name, reference):
 
 def in_segments(net: Any, x: Tensor, reentrant: bool) -> Tensor:
     stem = nn.Sequential(*list(net.children())[:4])
-    stages = nn.Sequential(net.layer1, net.layer2, net.layer3, net.layer4)
+    stages = nn.Sequential(net.layer1, net.layer2)
     x = checkpoint_sequential(stages, 2, stem(x), use_reentrant=reentrant)
     return net.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
 
@@ -68,7 +68,7 @@ def test_checkpoint_sequential(reentrant, reference):
     x = images(dtype=torch.float64)
     with FusedOps() as ops:
         found = step(fused, x, functools.partial(in_segments, reentrant=reentrant))
-    assert ops.calls["bn_act"] == 2 + 4, "two stages of four are computed twice"
+    assert ops.calls["bn_act"] == 2 + 1, "all but the last segment are computed twice"
     assert_same(found, step(eager, x))
 
 
@@ -87,7 +87,7 @@ def test_selective(name, backend):
     with fusedres.backend(backend), FusedOps() as ops:
         found = step(fused, x, lambda net, x: checkpoint(net, x, use_reentrant=False, context_fn=contexts))
     if backend == "reference":
-        assert ops.batch_norms == norms_of(fused) and ops.calls["bn_act"] == 2 * 4
+        assert ops.batch_norms == norms_of(fused) and ops.calls["bn_act"] == 2 * 2
     assert_same(found, step(eager, x))
 
 
