@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from chain_case import FLIPPED
 from ecosystem_nets import twins
 from torch import Tensor, nn
 
@@ -53,3 +54,18 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], **t
     assert list(found) == list(expected)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=lambda said, n=name: f"{n}: {said}", **tolerances)
+
+
+def assert_as_exact(
+    found: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], times: float = 2
+) -> None:
+    """Within ``times`` eager's own error, as root of the mean square; see ``ChainCase.check``."""
+    assert found.keys() == eager.keys() == exact.keys()
+    for name, value in exact.items():
+        assert found[name].dtype == eager[name].dtype, name
+        if value.is_floating_point():
+            error, allowed = ((t[name].double() - value).norm() for t in (found, eager))
+            flipped = FLIPPED if name.startswith("gradient") else 1e-6
+            assert error <= times * allowed + flipped * value.norm(), name
+        else:
+            assert torch.equal(found[name], value), name

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import distributed
 
@@ -52,14 +53,17 @@ class TwoProcesses:
                 if not ready:
                     raise RuntimeError(f"{function.__name__} took more than {SECONDS} s")
                 for connection in ready:
-                    succeeded, result = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
-                    if not succeeded:
+                    outcome, result = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
+                    if outcome == "failed":
                         raise RuntimeError(f"in process {self._connections.index(connection)}:\n{result}")  # type: ignore[arg-type]
-                    results[connection] = result  # type: ignore[index]
+                    results[connection] = outcome, result  # type: ignore[index]
         except (RuntimeError, OSError, EOFError):
             self.end()
             raise
-        return [results[connection] for connection in self._connections]
+        for outcome, result in results.values():
+            if outcome == "skipped":
+                pytest.skip(result)
+        return [results[connection][1] for connection in self._connections]
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -93,9 +97,11 @@ def _serve(rank: int, store: str, connection: Connection) -> None:
         except EOFError:
             return
         try:
-            result = (True, getattr(_module(file), name)(rank, *arguments))
+            result = ("done", getattr(_module(file), name)(rank, *arguments))
+        except pytest.skip.Exception as skipped:
+            result = ("skipped", str(skipped))
         except Exception:
-            result = (False, traceback.format_exc())
+            result = ("failed", traceback.format_exc())
         connection.send_bytes(pickle.dumps(result))
 
 

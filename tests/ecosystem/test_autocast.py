@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from chain_case import FLIPPED
 from ecosystem_nets import images
 from fused_ops import FusedOps
 from torch import Tensor, nn
-from twin_steps import assert_same, left_behind, norms_of, short_twins, step
+from twin_steps import assert_as_exact, assert_same, left_behind, norms_of, short_twins, step
 
 import fusedres
 
@@ -31,21 +30,6 @@ def scaled_step(net: nn.Module, x: Tensor, dtype: torch.dtype, scaling: Any) -> 
     scaling.step(optimizer)
     scaling.update()
     return {"output": out.detach(), **left_behind(net)}
-
-
-def assert_as_exact(
-    found: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], times: float = 2
-) -> None:
-    """Within ``times`` eager's own error, as root of the mean square; see ``ChainCase.check``."""
-    assert found.keys() == eager.keys() == exact.keys()
-    for name, value in exact.items():
-        assert found[name].dtype == eager[name].dtype, name
-        if value.is_floating_point():
-            error, allowed = ((t[name].double() - value).norm() for t in (found, eager))
-            flipped = FLIPPED if name.startswith("gradient") else 1e-6
-            assert error <= times * allowed + flipped * value.norm(), name
-        else:
-            assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize(
