@@ -44,7 +44,7 @@ def left_behind(net: nn.Module) -> dict[str, Tensor]:
 def step(net: nn.Module, x: Tensor, forward: Forward | None = None) -> dict[str, Tensor]:
     """The output of a forward, and what it and the backward leave behind."""
     x = x.detach().requires_grad_()
-    x.grad = None
+    net.zero_grad()
     out = net(x) if forward is None else forward(net, x)
     out.square().mean().backward()
     return {"output": out.detach(), "gradient of x": x.grad, **left_behind(net)}  # type: ignore[dict-item]
