@@ -259,7 +259,6 @@ INELIGIBLE: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
     "subclass of BatchNorm2d": lambda: (Subclass(C), nn.ReLU()),
     "subclass of ReLU": lambda: (batch_norm(), ReLUSubclass()),
     "GroupNorm": lambda: (nn.GroupNorm(2, C), nn.ReLU()),
-    "SyncBatchNorm": lambda: (nn.SyncBatchNorm.convert_sync_batchnorm(batch_norm().eval()), nn.ReLU()),
     "parametrization": lambda: (with_parametrization(batch_norm()), nn.ReLU()),
     "tensor subclass": lambda: (with_tensor_subclass(batch_norm()), nn.ReLU()),
     "forward of the norm": lambda: (with_own_forward(batch_norm()), nn.ReLU()),

@@ -177,6 +177,7 @@ def _norm(
         training=norm.training,
         momentum=norm.momentum,
         eps=norm.eps,
+        group=norm.group,
     )
 
 

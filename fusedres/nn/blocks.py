@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusedres.nn.casts import convolve
 from fusedres.nn.chain import Pairs, fused_chain, is_small, unfused_chain_reason
-from fusedres.nn.fuse import batch_norm_act, copied_statistics, is_recomputed
+from fusedres.nn.fuse import batch_norm_act, copied_statistics, group_of, is_recomputed
 from fusedres.nn.shortcut import one_of, shortcut
 
 Variant = Literal["v1.5", "v1"]
@@ -47,7 +47,7 @@ class Residual:
 
     def forward(self, x: Tensor) -> Tensor:
         pairs, relu, downsample = self.pairs, self.relu, self.downsample
-        if is_small(x, downsample):
+        if is_small(x, downsample) and group_of(pairs[0][1]) is None:
             if is_recomputed():
                 with copied_statistics(self):
                     return _child_by_child(pairs, relu, downsample, x)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -20,6 +20,7 @@ from fusedres.nn.frozen import FrozenBatchNorm2d
 
 _PLAIN = (Tensor, nn.Parameter)
 _PLAIN_OR_NONE = (*_PLAIN, type(None))
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def is_plain(tensor: Tensor | None) -> bool:
@@ -93,7 +94,7 @@ def _tensors(norm: nn.Module) -> tuple[Any, ...]:
 
     Something that is no tensor stands for one that isn't where its class puts it.
     """
-    parameters: dict[str, Any] = norm._parameters if type(norm) is nn.BatchNorm2d else norm._buffers
+    parameters: dict[str, Any] = norm._parameters if type(norm) in _BATCH_NORMS else norm._buffers
     buffers = norm._buffers
     return (
         parameters.get("weight", norm),
@@ -109,15 +110,16 @@ def unfused_reason(
     """Why ``norm``, the residual add and ``act`` can't run as one fused ``bn_act``; None if they can.
 
     Args:
-        norm: the normalisation, fused if it is exactly an nn.BatchNorm2d or a FrozenBatchNorm2d, ours or
-            torchvision's.
+        norm: the normalisation, fused if it is exactly an nn.BatchNorm2d, an nn.SyncBatchNorm or a
+            FrozenBatchNorm2d, ours or torchvision's.
         act: the activation behind it, fused if it is exactly an nn.ReLU or nn.Identity; None for none.
         x: [N, C, H, W], what ``norm`` is about to be called on; None to look at the modules alone.
         residual: [N, C, H, W], what is added in between.
     """
-    frozen = type(norm) is not nn.BatchNorm2d
-    if frozen and not is_frozen(norm):
+    if type(norm) not in _BATCH_NORMS and not is_frozen(norm):
         return f"the norm is a {type(norm).__name__}, not an nn.BatchNorm2d or FrozenBatchNorm2d"
+    if type(norm) is nn.SyncBatchNorm and torch.compiler.is_compiling():
+        return "the norm is a SyncBatchNorm, which torch.compile gets as it is"
     why = altered(norm)
     if why is not None:
         return f"the norm {why}"
@@ -171,7 +173,7 @@ def _copy(statistics: Tensor) -> Tensor:
 @contextlib.contextmanager
 def copied_statistics(block: Any) -> Iterator[None]:
     """Inside, the batch norms of ``block`` update copies of their running statistics."""
-    buffers = [module._buffers for module in block.modules() if type(module) is nn.BatchNorm2d]
+    buffers = [module._buffers for module in block.modules() if type(module) in _BATCH_NORMS]
     before = [dict(of_norm) for of_norm in buffers]
     for of_norm in buffers:
         of_norm |= {name: None if value is None else _copy(value) for name, value in of_norm.items()}
@@ -182,6 +184,19 @@ def copied_statistics(block: Any) -> Iterator[None]:
             of_norm.update(own)
 
 
+def group_of(norm: nn.Module) -> Any:
+    """The processes whose batches an nn.SyncBatchNorm takes together; None where there is but one."""
+    if (
+        type(norm) is not nn.SyncBatchNorm
+        or not norm.training
+        or not distributed.is_available()
+        or not distributed.is_initialized()
+    ):
+        return None
+    group = norm.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None
+
+
 def batch_norm_of(norm: Any) -> functional.BatchNorm:
     """The arguments that ``norm``'s own forward would give F.batch_norm.
 
@@ -189,8 +204,8 @@ def batch_norm_of(norm: Any) -> functional.BatchNorm:
     batch already.
     """
     weight, bias, mean, var = _tensors(norm)
-    training, momentum = False, None
-    if type(norm) is nn.BatchNorm2d:
+    training, momentum, group = False, None, None
+    if type(norm) in _BATCH_NORMS:
         training, momentum = norm.training, norm.momentum
         if training and not norm.track_running_stats:
             mean = var = None
@@ -202,9 +217,9 @@ def batch_norm_of(norm: Any) -> functional.BatchNorm:
                 tracked.add_(1)
             if momentum is None and tracked is not None:
                 momentum = 1.0 / float(tracked)
-        training = training or (mean is None and var is None)
+        training, group = training or (mean is None and var is None), group_of(norm)
     return functional.BatchNorm(
-        weight, bias, mean, var, training, 0.0 if momentum is None else momentum, norm.eps
+        weight, bias, mean, var, training, 0.0 if momentum is None else momentum, norm.eps, group
     )
 
 
@@ -249,6 +264,7 @@ def batch_norm_act(
             training=own.training,
             momentum=own.momentum,
             eps=own.eps,
+            group=own.group,
         )
     out: Tensor = norm(x)
     if residual is not None:
