@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 
 COUNT = 2
-SECONDS = 120  # that a call may take, on a busy machine
+SECONDS = 300  # that a call may take, with the start of the processes on a busy machine
 
 
 class TwoProcesses:
