@@ -87,19 +87,31 @@ def test_as_one_process_with_the_whole_batch(two_processes, name, backend, sizes
 
 
 def train_checkpointed(rank: int) -> None:
-    """Under DDP, with a forward that is repeated in the backward."""
+    """The forward that is repeated in the backward sums again, and updates nothing."""
     eager, fused = exact_twins("torchvision bottleneck")
+    fused = synchronised(fused)
     torch.manual_seed(0)
-    whole = images(6, dtype=torch.float64)
-    parallel = DistributedDataParallel(synchronised(fused))
+    whole, part = images(6, dtype=torch.float64), slice(3 * rank, 3 * rank + 3)
+    stage: Any = fused.layer2[0]
+    plain = stage.forward
+    stage.forward = lambda x: checkpoint(plain, x, use_reentrant=False)
     with fusedres.backend("reference"):
-        checkpoint(parallel, whole.chunk(2)[rank], use_reentrant=False).square().mean().backward()
-    eager(whole).square().mean().backward()
-    assert_same(left_behind(fused), left_behind(eager))
+        found = in_all(sum_of_squares(fused, whole[part]))
+    assert_same(found, part_of(sum_of_squares(eager, whole), part))
 
 
-def test_checkpointed_under_ddp(two_processes):
+def test_checkpointed(two_processes):
     two_processes(train_checkpointed)
+
+
+def wrap_in_ddp(rank: int) -> str:
+    with pytest.raises(ValueError) as error:
+        DistributedDataParallel(synchronised(short_twins("basic")[1]))
+    return str(error.value)
+
+
+def test_ddp_has_none_on_a_cpu(two_processes):
+    assert "only work with GPU modules" in two_processes(wrap_in_ddp)[0]
 
 
 def train_alone(rank: int) -> None:
