@@ -259,7 +259,6 @@ INELIGIBLE: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
     "subclass of BatchNorm2d": lambda: (Subclass(C), nn.ReLU()),
     "subclass of ReLU": lambda: (batch_norm(), ReLUSubclass()),
     "GroupNorm": lambda: (nn.GroupNorm(2, C), nn.ReLU()),
-    "SyncBatchNorm": lambda: (nn.SyncBatchNorm.convert_sync_batchnorm(batch_norm().eval()), nn.ReLU()),
     "parametrization": lambda: (with_parametrization(batch_norm()), nn.ReLU()),
     "tensor subclass": lambda: (with_tensor_subclass(batch_norm()), nn.ReLU()),
     "forward of the norm": lambda: (with_own_forward(batch_norm()), nn.ReLU()),
@@ -398,30 +397,6 @@ def test_each_batch_norm_follows_its_own_mode(backend, case):
     block.bn2.register_forward_hook(lambda *_: None)
     block.bn1.register_forward_hook(lambda *_: None)
     torch.testing.assert_close(block(x), out, rtol=1e-4, atol=1e-5)
-
-
-def test_hooks_of_the_projection_are_called(reference):
-    block, x, _ = block_of("basic, projection")
-    called: list[str] = []
-
-    def run() -> tuple[Tensor, int]:
-        with FusedOps() as ops, torch.no_grad():
-            return block(x), ops.calls["conv_fwd"]
-
-    out, convolutions = run()
-    assert convolutions == 3
-    for module, name in (
-        (block.downsample[0], "conv"),
-        (block.downsample[1], "norm"),
-        (block.downsample, "sequential"),
-    ):
-        called.clear()
-        handle = module.register_forward_hook(lambda *_, n=name: called.append(n))
-        hooked, convolutions = run()
-        handle.remove()
-        assert called == [name]
-        assert convolutions == 0
-        torch.testing.assert_close(hooked, out, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

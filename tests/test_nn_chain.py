@@ -98,22 +98,6 @@ def test_altered_children_are_called(name):
     assert not chained(block, x)
 
 
-def test_a_backward_hook_sees_the_gradients():
-    block, seen = BLOCKS["bottleneck"](), []
-    block.conv2.register_full_backward_hook(lambda module, into, out: seen.append(out[0].shape))
-    with fusedres.backend("reference"):
-        block(torch.randn(2, 8, 6, 6)).sum().backward()
-    assert seen == [(2, 4, 3, 3)]
-
-
-def test_a_hook_of_the_whole_block_keeps_it_fused():
-    block, seen = BLOCKS["basic"](), []
-    block.register_full_backward_hook(lambda module, into, out: seen.append(out[0].shape))
-    with fusedres.backend("reference"), FusedOps() as ops:
-        block(torch.randn(2, 8, 6, 6, requires_grad=True)).sum().backward()
-    assert seen == [(2, 16, 3, 3)] and ops.calls["conv_fwd"] == 3
-
-
 @pytest.mark.parametrize("name", BLOCKS)
 def test_one_batch_norm_in_eval_mode(name):
     """It uses its running statistics and leaves them alone; the block stays fused."""

@@ -19,7 +19,9 @@ def transformed() -> bool:
 
 
 def serves(op: str, x: Tensor, *norms: BatchNorm | None) -> bool:
-    """Whether kernels take ``x``, rather than PyTorch's own operators."""
+    """Whether kernels take ``x``, rather than PyTorch's own operators, which know one process only."""
+    if op == "bn_act" and any(norm is not None and norm.group is not None for norm in norms):
+        return not transformed()
     least = ops.served_from(op, x.device, x.dtype, ops.forced_backend())
     if least is None or x.numel() < max(least, 1) or transformed():
         return False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres import ops
+from fusedres.functional.processes import Over, moments_of_all
 
 _OPS = torch.ops.fusedres
 
@@ -25,6 +26,7 @@ class BatchNorm(NamedTuple):
         training: normalise with the batch's statistics, else with the running ones.
         momentum: weight of the new statistics in the running ones.
         eps: added to the variance.
+        group: a torch.distributed.ProcessGroup whose batches are one when training; None for this process's.
     """
 
     weight: Tensor | None
@@ -34,6 +36,11 @@ class BatchNorm(NamedTuple):
     training: bool
     momentum: float = 0.1
     eps: float = 1e-5
+    group: Any = None
+
+    @property
+    def over(self) -> Over:
+        return Over(self.training, self.group)
 
     def vectors(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """weight and bias as the ops on ``x`` take them."""
@@ -49,16 +56,34 @@ class BatchNorm(NamedTuple):
             if not self.training:
                 return _OPS.bn_running_stats(self.running_mean, self.running_var, *vectors, self.eps)  # type: ignore[no-any-return]
             stats: Tensor = _OPS.bn_stats(x, *vectors, self.eps)
-            self.update(stats, x.numel() // x.shape[1])
-            return stats
+            return self.update(stats, x.numel() // x.shape[1])
 
-    def update(self, stats: Tensor, count: int) -> None:
-        """Take a batch's statistics, of ``count`` values per channel, into the running ones."""
+    def update(self, stats: Tensor, count: int) -> Tensor:
+        """Take a batch's statistics, of ``count`` values per channel, into the running ones.
+
+        Returns:
+            [5, C], what normalises: ``stats``, or those over all processes.
+        """
+        if self.group is not None:
+            return self._update_by_all(stats, count)
         if self.running_mean is not None:
             _OPS.bn_update_running_(self.running_mean, self.running_var, stats, count, self.momentum)
+        return stats
+
+    def _update_by_all(self, stats: Tensor, count: int) -> Tensor:
+        mean, var, total = moments_of_all(stats, count, self.group)
+        if self.running_mean is not None and self.running_var is not None:
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            unbiased = var * (total / (total - 1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return _OPS.bn_running_stats(mean, var, *self.vectors(stats), self.eps)  # type: ignore[no-any-return]
 
     def plain(self, x: Tensor) -> Tensor:
         """PyTorch's own."""
+        if self.group is not None:
+            raise RuntimeError(
+                "a batch norm over several processes has no forward-mode derivative or transform"
+            )
         return F.batch_norm(
             x,
             self.running_mean,
@@ -105,7 +130,7 @@ def check_batch_norm(
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{prefix}running_mean and {prefix}running_var must both be given, or neither")
     if norm.training:
-        if math.prod(shape) == channels:
+        if math.prod(shape) == channels and norm.group is None:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}"
             )

@@ -19,6 +19,7 @@ from fusedres.functional.autograd import (
     transformed,
 )
 from fusedres.functional.batch_norm import BatchNorm, check_batch_norm
+from fusedres.functional.processes import Over
 
 _OPS = torch.ops.fusedres
 
@@ -101,10 +102,10 @@ class BNAct(torch.autograd.Function):
         stats: Tensor,
         residual_stats: Tensor | None,
         relu: bool,
-        training: tuple[bool, bool],
+        over: tuple[Over, Over],
     ) -> Tensor:
         z: Tensor = _OPS.bn_act(x, stats, residual, residual_stats, relu)
-        ctx.relu, ctx.training = relu, training
+        ctx.relu, ctx.over = relu, over
         parameters = (weight, bias, residual_weight, residual_bias)
         ctx.dtypes = tuple(None if p is None else p.dtype for p in parameters)
         ctx.through_relu = residual is not None and relu
@@ -129,8 +130,9 @@ class BNAct(torch.autograd.Function):
         if not grad.is_contiguous(memory_format=layout):
             grad, owned = grad.contiguous(memory_format=layout), True
         need_x, need_residual, *need_params = ctx.needs_input_grad[:6]
-        of_x = any(need_params[:2]) or (ctx.training[0] and need_x)
-        of_branch = branch is not None and (any(need_params[2:]) or (ctx.training[1] and need_residual))
+        own, others = ctx.over
+        of_x = any(need_params[:2]) or (own.training and need_x)
+        of_branch = branch is not None and (any(need_params[2:]) or (others.training and need_residual))
         grad, owned, relu, sums, branch_sums = reduce(
             grad,
             owned,
@@ -143,8 +145,8 @@ class BNAct(torch.autograd.Function):
             of_x or of_branch,
         )
 
-        through = sums if ctx.training[0] else None
-        branch_through = branch_sums if ctx.training[1] else None
+        through = own.through(sums, x)
+        branch_through = None if branch is None else others.through(branch_sums, branch)
         dx = dresidual = None
         if branch is None:
             dresidual = grad if need_residual else None
@@ -192,6 +194,7 @@ def bn_act(
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    group: Any = None,
 ) -> Tensor:
     """Batch norm, residual add and ReLU: ``relu(batch_norm(x) + residual)``.
 
@@ -213,6 +216,8 @@ def bn_act(
         training: normalise with the batch's statistics, else with the running ones.
         momentum: weight of the new statistics in the running ones.
         eps: added to the variance.
+        group: a torch.distributed.ProcessGroup whose batches are one when training, as for
+            :class:`torch.nn.SyncBatchNorm`; None for this process's alone.
 
     PyTorch's own operators run under a torch.func transform or forward-mode AD, which they can follow,
     and on a CPU for activations so small that a kernel wouldn't pay (unless a backend is forced).
@@ -226,7 +231,7 @@ def bn_act(
             ``residual_norm`` without a residual, or ``training=False`` without running statistics.
         RuntimeError: a forced backend (:func:`fusedres.backend`) can't serve the call.
     """
-    norm = BatchNorm(weight, bias, running_mean, running_var, training, momentum, eps)
+    norm = BatchNorm(weight, bias, running_mean, running_var, training, momentum, eps, group)
     check_batch_norm(x, norm)
     if residual is not None:
         _check_residual(x, residual, residual_norm)
@@ -259,9 +264,9 @@ def bn_act_of(
     weight, bias = norm[:2]
     if not differentiated(x, residual, weight, bias, residual_weight, residual_bias):
         return _OPS.bn_act(x, stats, residual, residual_stats, relu)  # type: ignore[no-any-return]
-    trained = (norm.training, residual_norm is not None and residual_norm.training)
+    over = (norm.over, Over(False) if residual_norm is None else residual_norm.over)
     return BNAct.apply(  # type: ignore[no-any-return]
-        x, residual, weight, bias, residual_weight, residual_bias, stats, residual_stats, relu, trained
+        x, residual, weight, bias, residual_weight, residual_bias, stats, residual_stats, relu, over
     )
 
 

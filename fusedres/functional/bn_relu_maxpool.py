@@ -19,6 +19,7 @@ from fusedres.functional.autograd import (
 )
 from fusedres.functional.batch_norm import BatchNorm, check_batch_norm
 from fusedres.functional.bn_act import bn_act_of
+from fusedres.functional.processes import Over
 
 _OPS = torch.ops.fusedres
 
@@ -28,10 +29,10 @@ class BNReluMaxPool(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, training: bool
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, over: Over
     ) -> Tensor:
         z, index = _OPS.bn_relu_maxpool(x, stats)
-        ctx.training = training
+        ctx.over = over
         ctx.dtypes = tuple(None if p is None else p.dtype for p in (weight, bias))
         ctx.backend = ops.forced_backend()
         ctx.save_for_backward(x, index, stats)
@@ -48,10 +49,10 @@ class BNReluMaxPool(torch.autograd.Function):
         x, index, stats = ctx.saved_tensors
         need_x, *need_params = ctx.needs_input_grad[:3]
         sums = dx = None
-        if any(need_params) or (ctx.training and need_x):
+        if any(need_params) or (ctx.over.training and need_x):
             sums = _OPS.bn_relu_maxpool_backward_reduce(grad, index, x, stats)
         if need_x:
-            through = sums if ctx.training else None
+            through = ctx.over.through(sums, x)
             dx = _OPS.bn_relu_maxpool_backward_apply(grad, index, x, stats, through)
         return dx, *parameter_gradients((sums,), need_params, ctx.dtypes), None, None
 
@@ -66,6 +67,7 @@ def bn_relu_maxpool(
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    group: Any = None,
 ) -> Tensor:
     """The stem behind its convolution: ``max_pool(relu(batch_norm(x)))``, 3x3 of stride 2, padding 1.
 
@@ -80,6 +82,7 @@ def bn_relu_maxpool(
         training: normalise with the batch's statistics, else with the running ones.
         momentum: weight of the new statistics in the running ones.
         eps: added to the variance.
+        group: as in :func:`bn_act`.
 
     Returns:
         [N, C, ceil(H / 2), ceil(W / 2)], dtype of x.
@@ -87,7 +90,7 @@ def bn_relu_maxpool(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`bn_act`.
     """
-    norm = BatchNorm(weight, bias, running_mean, running_var, training, momentum, eps)
+    norm = BatchNorm(weight, bias, running_mean, running_var, training, momentum, eps, group)
     check_batch_norm(x, norm)
     return bn_relu_maxpool_of(x, norm)
 
@@ -100,4 +103,4 @@ def bn_relu_maxpool_of(x: Tensor, norm: BatchNorm, stats: Tensor | None = None) 
     stats = norm.stats(x) if stats is None else stats
     if not differentiated(x, norm.weight, norm.bias):
         return _OPS.bn_relu_maxpool(x, stats)[0]  # type: ignore[no-any-return]
-    return BNReluMaxPool.apply(x, norm.weight, norm.bias, stats, norm.training)  # type: ignore[no-any-return]
+    return BNReluMaxPool.apply(x, norm.weight, norm.bias, stats, norm.over)  # type: ignore[no-any-return]

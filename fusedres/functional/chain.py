@@ -19,6 +19,7 @@ from fusedres.functional.autograd import backend_of, not_differentiable_again, p
 from fusedres.functional.batch_norm import BatchNorm
 from fusedres.functional.bn_act import reduce
 from fusedres.functional.pending import Added, Geometry, Pending, PendingGradient, served
+from fusedres.functional.processes import Over
 
 _OPS = torch.ops.fusedres
 
@@ -71,21 +72,21 @@ class _Link(NamedTuple):
     """A convolution and its batch norm in the backward: what isn't a tensor."""
 
     geometry: Geometry
-    training: bool
+    over: Over
     dtypes: tuple[torch.dtype | None, torch.dtype | None]
 
     @classmethod
     def of(cls, conv: ConvNorm) -> _Link:
         weight, bias = conv.norm[:2]
         dtypes = (None if weight is None else weight.dtype, None if bias is None else bias.dtype)
-        return cls(conv.geometry, conv.norm.training, dtypes)
+        return cls(conv.geometry, conv.norm.over, dtypes)
 
 
 class _Conv(NamedTuple):
     """A convolution and its batch norm in the backward: its tensors, and which gradients are wanted."""
 
     geometry: Geometry
-    training: bool
+    over: Over
     weight: Tensor
     y: Tensor
     stats: Tensor
@@ -102,7 +103,7 @@ class _Conv(NamedTuple):
     @property
     def sums(self) -> bool:
         """Whether the sums over its channels are wanted."""
-        return self.of_norm or (self.training and self.of_y)
+        return self.of_norm or (self.over.training and self.of_y)
 
     @property
     def fused(self) -> bool:
@@ -115,7 +116,7 @@ class _Conv(NamedTuple):
     def pending(
         self, du: Tensor, sums: Tensor | None, *, relu: bool = False, owned: bool = False
     ) -> PendingGradient:
-        through = sums if self.training else None
+        through = self.over.through(sums, self.y)
         return PendingGradient(du, self.y, self.stats, through, relu=relu, owned=owned)
 
 
@@ -204,9 +205,7 @@ class Chain(torch.autograd.Function):
                 source, wanted = (
                     (Pending(x), of_x) if projected is None else (Pending(projected), of_residual)
                 )
-            conv = _Conv(
-                link.geometry, link.training, weight, y, stats, source, wanted, of_weight, any(of_norm)
-            )
+            conv = _Conv(link.geometry, link.over, weight, y, stats, source, wanted, of_weight, any(of_norm))
             convs.append(conv)
             source, wanted = Pending(y, stats, ctx.relu), conv.of_y or conv.of_norm
         gradients = _Gradients(convs, ctx.shortcut, ctx.relu)

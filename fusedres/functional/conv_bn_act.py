@@ -200,6 +200,7 @@ def _norm(
         training=norm.training,
         momentum=norm.momentum,
         eps=norm.eps,
+        group=norm.group,
     )
 
 

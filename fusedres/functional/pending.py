@@ -71,8 +71,7 @@ class Pending(NamedTuple):
         y, stats = run(autotune.fused("conv_fwd", self.y, shape_of(self, weight, geometry), run))
         if stats is None or not norm.training:
             return y, norm.stats(y)
-        norm.update(stats, y.numel() // y.shape[1])
-        return y, stats
+        return y, norm.update(stats, y.numel() // y.shape[1])
 
 
 class SourceGradient(NamedTuple):

@@ -82,7 +82,7 @@ def stem(x: Tensor, conv: ConvNorm) -> Tensor:
     if not norm.training:
         return bn_relu_maxpool_of(y, norm)
     with torch.no_grad():
-        norm.update(stats, y.numel() // y.shape[1])
+        stats = norm.update(stats, y.numel() // y.shape[1])
     return bn_relu_maxpool_of(y, norm, stats)
 
 

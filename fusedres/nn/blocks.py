@@ -47,7 +47,7 @@ class Residual:
 
     def forward(self, x: Tensor) -> Tensor:
         pairs, relu, downsample = self.pairs, self.relu, self.downsample
-        if is_small(x, downsample):
+        if is_small(x, downsample) and type(pairs[0][1]) is not nn.SyncBatchNorm:
             if is_recomputed():
                 with copied_statistics(self):
                     return _child_by_child(pairs, relu, downsample, x)

@@ -11,14 +11,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedres import functional
 from fusedres.nn.frozen import FrozenBatchNorm2d
 
 _PLAIN = (Tensor, nn.Parameter)
 _PLAIN_OR_NONE = (*_PLAIN, type(None))
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def is_plain(tensor: Tensor | None) -> bool:
@@ -92,7 +94,7 @@ def _tensors(norm: nn.Module) -> tuple[Any, ...]:
 
     Something that is no tensor stands for one that isn't where its class puts it.
     """
-    parameters: dict[str, Any] = norm._parameters if type(norm) is nn.BatchNorm2d else norm._buffers
+    parameters: dict[str, Any] = norm._parameters if type(norm) in _BATCH_NORMS else norm._buffers
     buffers = norm._buffers
     return (
         parameters.get("weight", norm),
@@ -108,15 +110,16 @@ def unfused_reason(
     """Why ``norm``, the residual add and ``act`` can't run as one fused ``bn_act``; None if they can.
 
     Args:
-        norm: the normalisation, fused if it is exactly an nn.BatchNorm2d or a FrozenBatchNorm2d, ours or
-            torchvision's.
+        norm: the normalisation, fused if it is exactly an nn.BatchNorm2d, an nn.SyncBatchNorm or a
+            FrozenBatchNorm2d, ours or torchvision's.
         act: the activation behind it, fused if it is exactly an nn.ReLU or nn.Identity; None for none.
         x: [N, C, H, W], what ``norm`` is about to be called on; None to look at the modules alone.
         residual: [N, C, H, W], what is added in between.
     """
-    frozen = type(norm) is not nn.BatchNorm2d
-    if frozen and not is_frozen(norm):
+    if type(norm) not in _BATCH_NORMS and not is_frozen(norm):
         return f"the norm is a {type(norm).__name__}, not an nn.BatchNorm2d or FrozenBatchNorm2d"
+    if type(norm) is nn.SyncBatchNorm and torch.compiler.is_compiling():
+        return "the norm is a SyncBatchNorm, which torch.compile gets as it is"
     why = altered(norm)
     if why is not None:
         return f"the norm {why}"
@@ -161,18 +164,37 @@ def is_recomputed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def _copy(statistics: Tensor) -> Tensor:
+    # selective checkpointing lets a repeated forward call no op that the first one didn't
+    with _disable_current_modes():
+        return statistics.clone()
+
+
 @contextlib.contextmanager
 def copied_statistics(block: Any) -> Iterator[None]:
     """Inside, the batch norms of ``block`` update copies of their running statistics."""
-    buffers = [module._buffers for module in block.modules() if type(module) is nn.BatchNorm2d]
+    buffers = [module._buffers for module in block.modules() if type(module) in _BATCH_NORMS]
     before = [dict(of_norm) for of_norm in buffers]
     for of_norm in buffers:
-        of_norm |= {name: None if value is None else value.clone() for name, value in of_norm.items()}
+        of_norm |= {name: None if value is None else _copy(value) for name, value in of_norm.items()}
     try:
         yield
     finally:
         for of_norm, own in zip(buffers, before, strict=True):
             of_norm.update(own)
+
+
+def group_of(norm: nn.Module) -> Any:
+    """The processes whose batches an nn.SyncBatchNorm takes together; None where there is but one."""
+    if (
+        type(norm) is not nn.SyncBatchNorm
+        or not norm.training
+        or not distributed.is_available()
+        or not distributed.is_initialized()
+    ):
+        return None
+    group = norm.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None
 
 
 def batch_norm_of(norm: Any) -> functional.BatchNorm:
@@ -182,22 +204,22 @@ def batch_norm_of(norm: Any) -> functional.BatchNorm:
     batch already.
     """
     weight, bias, mean, var = _tensors(norm)
-    training, momentum = False, None
-    if type(norm) is nn.BatchNorm2d:
+    training, momentum, group = False, None, None
+    if type(norm) in _BATCH_NORMS:
         training, momentum = norm.training, norm.momentum
         if training and not norm.track_running_stats:
             mean = var = None
         elif training:
             tracked = norm.num_batches_tracked
             if is_recomputed() and mean is not None and var is not None:
-                mean, var = mean.clone(), var.clone()
+                mean, var = _copy(mean), _copy(var)
             elif tracked is not None:
                 tracked.add_(1)
             if momentum is None and tracked is not None:
                 momentum = 1.0 / float(tracked)
-        training = training or (mean is None and var is None)
+        training, group = training or (mean is None and var is None), group_of(norm)
     return functional.BatchNorm(
-        weight, bias, mean, var, training, 0.0 if momentum is None else momentum, norm.eps
+        weight, bias, mean, var, training, 0.0 if momentum is None else momentum, norm.eps, group
     )
 
 
@@ -242,6 +264,7 @@ def batch_norm_act(
             training=own.training,
             momentum=own.momentum,
             eps=own.eps,
+            group=own.group,
         )
     out: Tensor = norm(x)
     if residual is not None:

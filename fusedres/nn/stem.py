@@ -121,6 +121,6 @@ def batch_norm_act_maxpool(norm: nn.Module, act: nn.Module, pool: nn.Module, x: 
     if _is_pool(pool) and type(act) is nn.ReLU and unfused_reason(norm, act, x) is None:
         own = batch_norm_of(norm)
         return functional.bn_relu_maxpool(
-            x, *own[:4], training=own.training, momentum=own.momentum, eps=own.eps
+            x, *own[:4], training=own.training, momentum=own.momentum, eps=own.eps, group=own.group
         )
     return pool(batch_norm_act(norm, act, x))  # type: ignore[no-any-return]
