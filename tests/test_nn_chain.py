@@ -75,7 +75,7 @@ ALTERATIONS = {
 
 def chained(block: nn.Module, x: torch.Tensor) -> bool:
     with fusedres.backend("reference"):
-        return "Chain" in type(block(x.requires_grad_()).grad_fn).__name__
+        return "Fused" in type(block(x.requires_grad_()).grad_fn).__name__
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -211,6 +211,22 @@ class Chain(torch.autograd.Function):
         return dx, dresidual if of_residual else None, None, None, None, *parameters
 
 
+class FusedConvBNAct(Chain):
+    """Named for profiles, as the following."""
+
+
+class FusedBasicBlock(Chain):
+    pass
+
+
+class FusedBottleneck(Chain):
+    pass
+
+
+class FusedPlainBlock(Chain):
+    pass
+
+
 class _Gradients:
     """The backward of a chain, from its last convolution to its first.
 
