@@ -24,7 +24,7 @@ def references(grad: Tensor) -> tuple[int, int, int]:
         # by address: a Python object for the storage would itself be a holder, and stay one
         storage = private._storage_Use_Count(private._storage_address(grad))
         holders: int = grad._use_count()  # type: ignore[attr-defined]
-    except AttributeError:  # possibly gone one day: then nothing is ever owned
+    except (AttributeError, NotImplementedError):  # gone one day, or without a storage: never owned
         return (0, 0, 0)
     return (holders, storage, sys.getrefcount(grad))
 
@@ -63,7 +63,7 @@ def owned(grad: Tensor, holders: tuple[int, int, int]) -> bool:
     """
     return (
         type(grad) is Tensor
-        and not grad.requires_grad
+        and not torch.is_grad_enabled()
         and holders != (0, 0, 0)
         and holders == _of_an_owned_gradient()
         and grad._base is None

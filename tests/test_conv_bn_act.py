@@ -204,7 +204,7 @@ def test_a_gradient_penalty_raises(backend):
     x = case.x.requires_grad_()
     out = call(x, case.convs, *case.rest(torch.float32))
     (dx,) = torch.autograd.grad(out.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiated again"):
         dx.square().sum().backward()
 
 
@@ -306,4 +306,4 @@ def test_least_values_are_those_of_the_smallest_output(monkeypatch):
         monkeypatch.setitem(plan.LEAST_VALUES, "cpu", {"float32": least})
         x = case.x.clone().requires_grad_()
         out = call(x, case.convs, *case.rest(torch.float32))
-        assert ("Chain" in type(out.grad_fn).__name__) == fused
+        assert ("Fused" in type(out.grad_fn).__name__) == fused

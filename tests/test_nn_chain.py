@@ -75,7 +75,7 @@ ALTERATIONS = {
 
 def chained(block: nn.Module, x: torch.Tensor) -> bool:
     with fusedres.backend("reference"):
-        return "Chain" in type(block(x.requires_grad_()).grad_fn).__name__
+        return "Fused" in type(block(x.requires_grad_()).grad_fn).__name__
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -122,7 +122,7 @@ def test_a_gradient_penalty_raises_instead_of_being_zero():
     block, x = BLOCKS["basic"](), torch.randn(2, 8, 6, 6, requires_grad=True)
     with fusedres.backend("reference"):
         (dx,) = torch.autograd.grad(block(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiated again"):
         dx.square().sum().backward()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,17 +34,55 @@ def differentiated(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def not_differentiable_again(grad: Tensor) -> Tensor:
-    """With create_graph=True what comes out of a backward has to raise when it is differentiated.
+def _batched(grad: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
 
-    Without this a penalty on a gradient that doesn't depend on later layers would be ignored in silence.
+
+class _Once(torch.autograd.Function):
+    """Gradients that raise when they are differentiated with respect to what they depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Any, *sources: Tensor) -> Any:
+        if isinstance(gradients, Tensor):
+            return gradients.detach()
+        return tuple(None if g is None else g.detach() for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "a gradient that a fused backward gave (with create_graph=True) can't be differentiated again; "
+            "under torch.func.grad everything runs by PyTorch's operators, and can"
+        )
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's backward by kernels, from ``backward(ctx, saved tensors, gradient, ...)``.
+
+    It is run by the implementation forced on the forward, wherever it is called. Unlike
+    torch.autograd.function.once_differentiable it raises, too, when the gradient alone is differentiated
+    (torch.autograd.functional.jvp), and when torch.autograd.grad asks for some of the inputs: there a
+    penalty would be left out in silence.
     """
-    return grad.detach().requires_grad_() if torch.is_grad_enabled() else grad
 
+    @functools.wraps(backward)
+    def run(ctx: Any, grad: Tensor, *more: Any) -> Any:
+        if not torch.compiler.is_compiling() and _batched(grad):
+            raise NotImplementedError(
+                "a fused backward takes one gradient at a time, not a batch of them (is_grads_batched=True, "
+                "vectorize=True); under torch.func.jacrev everything runs by PyTorch's operators, and can"
+            )
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them a single time
+        with ops.backend(ctx.backend) if ctx.backend != ops.forced_backend() else nullcontext():
+            if not torch.is_grad_enabled():
+                return backward(ctx, saved, grad, *more)
+            with torch.no_grad():
+                gradients = backward(ctx, saved, grad, *more)
+        inputs = (getattr(node, "variable", None) for node, _ in ctx.next_functions)
+        sources = [t for t in (grad, *saved, *inputs) if t is not None and t.requires_grad]
+        return _Once.apply(gradients, *(sources or [grad.detach().requires_grad_()]))
 
-def backend_of(ctx: Any) -> AbstractContextManager[None]:
-    """The implementation forced on the forward serves the backward too, wherever that is called."""
-    return ops.backend(ctx.backend) if ctx.backend != ops.forced_backend() else nullcontext()
+    return run
 
 
 def parameter_gradients(

@@ -7,13 +7,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedres import _ownership, ops
 from fusedres.functional.autograd import (
-    backend_of,
+    differentiable_once,
     differentiated,
-    not_differentiable_again,
     parameter_gradients,
     serves,
     transformed,
@@ -117,15 +115,12 @@ class BNAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         holders = _ownership.references(grad)
-        grad = not_differentiable_again(grad)
-        owned = _ownership.owned(grad, holders)
-        with backend_of(ctx):
-            return BNAct._backward(ctx, grad, owned)
+        return BNAct._backward(ctx, grad, _ownership.owned(grad, holders))  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
-    def _backward(ctx: Any, grad: Tensor, owned: bool) -> tuple[Tensor | None, ...]:
-        x, z, stats, branch, branch_stats = ctx.saved_tensors
+    @differentiable_once
+    def _backward(ctx: Any, saved: Any, grad: Tensor, owned: bool) -> tuple[Tensor | None, ...]:
+        x, z, stats, branch, branch_stats = saved
         layout = ops.layout(x)
         if not grad.is_contiguous(memory_format=layout):
             grad, owned = grad.contiguous(memory_format=layout), True

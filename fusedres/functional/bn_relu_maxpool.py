@@ -7,13 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedres import ops
 from fusedres.functional.autograd import (
-    backend_of,
+    differentiable_once,
     differentiated,
-    not_differentiable_again,
     parameter_gradients,
     serves,
 )
@@ -39,14 +37,9 @@ class BNReluMaxPool(torch.autograd.Function):
         return z  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with backend_of(ctx):
-            return BNReluMaxPool._backward(ctx, not_differentiable_again(grad))
-
-    @staticmethod
-    @once_differentiable
-    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, index, stats = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx: Any, saved: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, index, stats = saved
         need_x, *need_params = ctx.needs_input_grad[:3]
         sums = dx = None
         if any(need_params) or (ctx.over.training and need_x):

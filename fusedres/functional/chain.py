@@ -12,10 +12,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedres import _ownership, ops
-from fusedres.functional.autograd import backend_of, not_differentiable_again, parameter_gradients
+from fusedres.functional.autograd import differentiable_once, parameter_gradients
 from fusedres.functional.batch_norm import BatchNorm
 from fusedres.functional.bn_act import reduce
 from fusedres.functional.pending import Added, Geometry, Pending, PendingGradient, served
@@ -183,15 +182,12 @@ class Chain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         holders = _ownership.references(grad)
-        grad = not_differentiable_again(grad)
-        owned = _ownership.owned(grad, holders)
-        with backend_of(ctx):
-            return Chain._backward(ctx, grad, owned)
+        return Chain._backward(ctx, grad, _ownership.owned(grad, holders))  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
-    def _backward(ctx: Any, grad: Tensor, owned: bool) -> tuple[Tensor | None, ...]:
-        x, projected, z, *tensors = ctx.saved_tensors
+    @differentiable_once
+    def _backward(ctx: Any, saved: Any, grad: Tensor, owned: bool) -> tuple[Tensor | None, ...]:
+        x, projected, z, *tensors = saved
         of_x, of_residual, _, _, _, *of_parameters = ctx.needs_input_grad
         layout = ops.layout(x)
         if not grad.is_contiguous(memory_format=layout):
@@ -219,6 +215,22 @@ class Chain(torch.autograd.Function):
         for dweight, dnorm in zip(gradients.weights, zip(norms[::2], norms[1::2], strict=True), strict=True):
             parameters += [dweight, *dnorm]
         return dx, dresidual if of_residual else None, None, None, None, *parameters
+
+
+class FusedConvBNAct(Chain):
+    """Named for profiles, as the following."""
+
+
+class FusedBasicBlock(Chain):
+    pass
+
+
+class FusedBottleneck(Chain):
+    pass
+
+
+class FusedPlainBlock(Chain):
+    pass
 
 
 class _Gradients:

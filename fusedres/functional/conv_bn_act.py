@@ -13,7 +13,17 @@ from fusedres import ops
 from fusedres.functional.autograd import differentiated, transformed
 from fusedres.functional.batch_norm import BatchNorm, check_activation, check_batch_norm
 from fusedres.functional.bn_act import bn_act
-from fusedres.functional.chain import Chain, ConvNorm, Pad, Shortcut, run
+from fusedres.functional.chain import (
+    Chain,
+    ConvNorm,
+    FusedBasicBlock,
+    FusedBottleneck,
+    FusedConvBNAct,
+    FusedPlainBlock,
+    Pad,
+    Shortcut,
+    run,
+)
 
 
 def conv_bn_act(x: Tensor, conv: ConvNorm, *, residual: Tensor | None = None, relu: bool = True) -> Tensor:
@@ -32,7 +42,8 @@ def conv_bn_act(x: Tensor, conv: ConvNorm, *, residual: Tensor | None = None, re
         TypeError, ValueError: a dtype, shape or device that doesn't fit.
         RuntimeError: a forced backend (:func:`fusedres.backend`) can't serve the call.
     """
-    return _checked(x, {"conv": conv}, "none" if residual is None else "residual", relu, residual)
+    shortcut: Shortcut = "none" if residual is None else "residual"
+    return _checked(FusedConvBNAct, x, {"conv": conv}, shortcut, relu, residual)
 
 
 def basic_block(
@@ -63,7 +74,8 @@ def basic_block(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`conv_bn_act`.
     """
-    return _block(x, {"conv1": conv1, "conv2": conv2}, shortcut, relu, projected)
+    named = {"conv1": conv1, "conv2": conv2}
+    return _block(FusedBasicBlock, x, named, shortcut, relu, projected)
 
 
 def bottleneck(
@@ -93,7 +105,8 @@ def bottleneck(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`conv_bn_act`.
     """
-    return _block(x, {"conv1": conv1, "conv2": conv2, "conv3": conv3}, shortcut, relu, projected)
+    named = {"conv1": conv1, "conv2": conv2, "conv3": conv3}
+    return _block(FusedBottleneck, x, named, shortcut, relu, projected)
 
 
 def plain_block(x: Tensor, conv1: ConvNorm, conv2: ConvNorm, *, relu: bool = True) -> Tensor:
@@ -101,10 +114,11 @@ def plain_block(x: Tensor, conv1: ConvNorm, conv2: ConvNorm, *, relu: bool = Tru
 
     Arguments, result and errors as in :func:`basic_block`.
     """
-    return _checked(x, {"conv1": conv1, "conv2": conv2}, "none", relu)
+    return _checked(FusedPlainBlock, x, {"conv1": conv1, "conv2": conv2}, "none", relu)
 
 
 def _block(
+    function: type[Chain],
     x: Tensor,
     convs: dict[str, ConvNorm],
     shortcut: ConvNorm | Pad | None,
@@ -112,14 +126,19 @@ def _block(
     projected: Tensor | None,
 ) -> Tensor:
     if isinstance(shortcut, ConvNorm):
-        return _checked(x, convs | {"shortcut": shortcut}, "projection", relu, projected)
+        return _checked(function, x, convs | {"shortcut": shortcut}, "projection", relu, projected)
     if projected is not None:
         raise ValueError("projected is for a shortcut that is a projection")
-    return _checked(x, convs, "identity" if shortcut is None else shortcut, relu)
+    return _checked(function, x, convs, "identity" if shortcut is None else shortcut, relu)
 
 
 def _checked(
-    x: Tensor, named: dict[str, ConvNorm], shortcut: Shortcut, relu: bool, residual: Tensor | None = None
+    function: type[Chain],
+    x: Tensor,
+    named: dict[str, ConvNorm],
+    shortcut: Shortcut,
+    relu: bool,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The chain by kernels where they serve it, else by PyTorch's operators and ``bn_act``."""
     check_activation(x)
@@ -148,7 +167,7 @@ def _checked(
     parameters = [p for conv in convs for p in (conv.weight, *conv.norm[:2])]
     if not differentiated(x, residual, *parameters):
         return run(x, residual, convs, shortcut, relu)[0]
-    return Chain.apply(x, residual, convs, shortcut, relu, *parameters)  # type: ignore[no-any-return]
+    return function.apply(x, residual, convs, shortcut, relu, *parameters)  # type: ignore[no-any-return]
 
 
 def _shapes(

@@ -7,15 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedres import ops
-from fusedres.functional.autograd import (
-    backend_of,
-    differentiated,
-    not_differentiable_again,
-    serves,
-)
+from fusedres.functional.autograd import differentiable_once, differentiated, serves
 from fusedres.functional.batch_norm import check_activation
 
 _OPS = torch.ops.fusedres
@@ -31,13 +25,8 @@ class GlobalAvgPool(torch.autograd.Function):
         return _OPS.global_avg_pool(x)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        with backend_of(ctx):
-            return GlobalAvgPool._backward(ctx, not_differentiable_again(grad))
-
-    @staticmethod
-    @once_differentiable
-    def _backward(ctx: Any, grad: Tensor) -> Tensor:
+    @differentiable_once
+    def backward(ctx: Any, saved: Any, grad: Tensor) -> Tensor:
         return _OPS.global_avg_pool_backward(grad, *ctx.size)  # type: ignore[no-any-return]
 
 

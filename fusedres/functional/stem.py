@@ -7,10 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedres import autotune, ops
-from fusedres.functional.autograd import backend_of, differentiated, not_differentiable_again, transformed
+from fusedres.functional.autograd import differentiable_once, differentiated, transformed
 from fusedres.functional.batch_norm import BatchNorm, check_activation, check_batch_norm
 from fusedres.functional.bn_relu_maxpool import bn_relu_maxpool_of
 from fusedres.functional.chain import ConvNorm
@@ -33,14 +32,9 @@ class StemConv(torch.autograd.Function):
         return y, stats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        with backend_of(ctx):
-            return StemConv._backward(ctx, not_differentiable_again(grad))
-
-    @staticmethod
-    @once_differentiable
-    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, _OPS.stem_wgrad(grad, *ctx.saved_tensors, *ctx.size), None, None
+    @differentiable_once
+    def backward(ctx: Any, saved: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, _OPS.stem_wgrad(grad, *saved, *ctx.size), None, None
 
 
 def stem(x: Tensor, conv: ConvNorm) -> Tensor:

@@ -9,9 +9,13 @@ the rows dbias, dweight, slope, offset (see ``kernels/rows.py``). Both are float
 float64 activation).
 """
 
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from fusedres.ops import (
     bias_relu_maxpool,
@@ -60,9 +64,31 @@ OPS: dict[str, Op] = {
     for name, op in module.OPS.items()
 }
 
+
+def _require_grad(values: Iterable[Any]) -> bool:
+    return any(
+        value.requires_grad if isinstance(value, Tensor) else isinstance(value, list) and _require_grad(value)
+        for value in values
+    )
+
+
+def _underived(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` where nobody wants a derivative: PyTorch would take one of an op that has none for zero."""
+
+    @functools.wraps(run)
+    def refusing(*args: Any) -> Any:
+        if torch.is_grad_enabled() and _require_grad(args):
+            raise RuntimeError(f"fusedres::{name} has no derivative, the functions of fusedres.functional do")
+        if forward_ad._current_level >= 0:  # torch.func.jvp's, too, where the tangents can't be seen here
+            raise NotImplementedError(f"fusedres::{name} has no forward-mode derivative")
+        return run(*args)
+
+    return refusing
+
+
 _library: Any = torch.library.Library("fusedres", "DEF")  # type: ignore[no-untyped-call]
 for _name, _op in OPS.items():
     _library.define(_name + _op.schema)
     for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _op.run, _key)
+        _library.impl(_name, _underived(_name, _op.run), _key)
     torch.library.register_fake(f"fusedres::{_name}", _op.fake, lib=_library)

@@ -58,7 +58,7 @@ OPS = {
         lambda mean, var, weight, bias, eps: new_stats(mean, mean.shape[0]),
     ),
     "bn_update_running_": Op(
-        "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor stats, int count, float momentum) -> ()",
+        "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor stats, SymInt count, float momentum) -> ()",
         bn_update_running_,
         lambda mean, var, stats, count, momentum: None,
     ),

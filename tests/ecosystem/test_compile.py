@@ -1,0 +1,110 @@
+"""torch.compile: one graph for every step and batch size, with eager's results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from ecosystem_nets import images, twins
+from torch import Tensor, nn
+
+import fusedres
+
+BATCHES = {"static": (4, 4, 4), "dynamic": (4, 4, 6, 5)}
+
+
+@pytest.fixture(autouse=True)
+def compiler() -> Iterator[None]:
+    """Compiling again is an error."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+def calls(graph_modules: list[torch.fx.GraphModule], op: str) -> int:
+    return sum(
+        op in str(node.target)
+        for top in graph_modules
+        for module in top.modules()
+        if isinstance(module, torch.fx.GraphModule)
+        for node in module.graph.nodes
+    )
+
+
+def trained_alike(compiled: Any, fused: nn.Module, eager: nn.Module, inputs: list[Tensor]) -> None:
+    """Every step's loss, gradients and statistics are eager's, the optimizer's steps in between."""
+    optimizers = [torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9) for net in (fused, eager)]
+    for x in inputs:
+        losses = [net(x).square().mean() for net in (compiled, eager)]
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-5)
+        for (key, p), q in zip(fused.named_parameters(), eager.parameters(), strict=True):
+            error = (p.grad - q.grad).norm()
+            assert error <= 1e-2 * q.grad.norm() + 1e-6, f"{key} is off by {error}"
+        torch.testing.assert_close(
+            dict(fused.named_buffers()), dict(eager.named_buffers()), rtol=1e-3, atol=1e-4
+        )
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("basic", "static"),
+        ("basic", "dynamic"),
+        ("torchvision bottleneck", "static"),
+        ("timm basic", "dynamic"),
+    ],
+)
+def test_one_graph(fused_by, name, shapes, training):
+    eager, fused = (net.train(training) for net in twins(name))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(fused, backend=keep, fullgraph=True, dynamic=shapes == "dynamic")
+    trained_alike(compiled, fused, eager, [images(n) for n in BATCHES[shapes]])
+    assert len(graphs) == 1
+    if not name.startswith("timm"):
+        assert calls(graphs, "fusedres.bn_act") > 0
+    assert calls(graphs, "fusedres.conv") == 0, "convolutions are PyTorch's"
+
+
+def test_aot_autograd(fused_by):
+    """The backward is traced as well, for sizes that aren't known yet."""
+    eager, fused = twins("basic")
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True, dynamic=True)
+    trained_alike(compiled, fused, eager, [images(n) for n in BATCHES["dynamic"]])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_without_gradients(fused_by):
+    eager, fused = (net.eval() for net in twins("bottleneck"))
+    compiled = torch.compile(fused, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for n in (2, 5):
+            x = images(n)
+            torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shapes", BATCHES)
+def test_inductor(shapes):
+    """A block with a projection, as code that inductor generates."""
+    pytest.importorskip("fusedres._C")
+    eager, fused = (net.layer2[0] for net in twins("torchvision basic"))
+    inputs = [torch.randn(n, 64, 8, 8) for n in BATCHES[shapes]]
+    with fusedres.backend("cpu"):
+        compiled = torch.compile(fused, fullgraph=True, dynamic=shapes == "dynamic")
+        trained_alike(compiled, fused, eager, inputs)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
