@@ -19,7 +19,7 @@ import fusedres
 from fusedres import plan
 from fusedres.cli import main
 
-COMMANDS = ("autotune", "bench", "eval", "experiment", "info", "predict", "quantize", "train")
+COMMANDS = ("autotune", "bench", "eval", "experiment", "info", "predict", "quantize", "report", "train")
 CLASSES = 7
 
 
