@@ -69,6 +69,5 @@ def _write_pngs(drawn: dict[str, list[figures.Figure]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for machine, of_machine in drawn.items():
         for figure in of_machine:
-            name = f"{machine} {figure.name}".lower()
-            slug = "".join(letter if letter.isalnum() else "-" for letter in name)
-            (figure.wide or figure.drawing).png(folder / f"{slug}.png")
+            path = folder / f"{page.slug(machine)}-{figure.name}.png"
+            (figure.wide or figure.drawing).png(path, machine)

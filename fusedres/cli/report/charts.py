@@ -11,6 +11,7 @@ from fusedres.cli.report.drawing import SMALL, Drawing, text_width
 WIDTH = 360.0
 _ROW, _BAR, _GAP = 19.0, 11.0, 12.0
 _BASE = 9.5  # of a row's text below its top
+_BOLD = 1.15  # of a width
 _OUTLIER, _BEYOND = 2.5, 1.25
 
 
@@ -57,10 +58,10 @@ def bars(title: str, groups: Sequence[Group], unit: str = "", width: float = WID
     drawing = Drawing(title, width)
     every = [bar for group in groups for bar in group.bars]
     left = min(max(text_width(bar.name) for bar in every) + 8, 0.56 * width)
-    room = max(text_width(bar.text) for bar in every) + 8
+    room = _BOLD * max(text_width(bar.text) for bar in every) + 8
     most = _extent(every)
     scale = (width - left - room) / most
-    y = 0.0
+    y = 2.0
     if unit:
         drawing.text("muted", left + scale, 10, unit, "middle", SMALL)
         y = 18.0

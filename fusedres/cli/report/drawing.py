@@ -16,6 +16,7 @@ from fusedres.training import files
 FONT, SMALL = 12, 11  # pixels
 _WIDE = 7.1  # of a character of FONT, on the average, in a wide typeface
 _DPI = 192
+_MARGIN, _HEAD = 16.0, 64.0  # of a PNG
 _CSS_DPI = 96
 
 
@@ -65,18 +66,20 @@ class Drawing:
         inside = "\n".join(_svg(mark) for mark in self.marks)
         return f'<svg viewBox="{box}" role="img" aria-label="{escape(self.title)}">\n{inside}\n</svg>'
 
-    def png(self, path: Path) -> None:
-        """Draw it in the light colours (needs matplotlib)."""
+    def png(self, path: Path, where: str) -> None:
+        """Draw it in the light colours, under its title and ``where`` it was measured (needs matplotlib)."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        size = (self.width / _CSS_DPI, self.height / _CSS_DPI)
+        width, height = self.width + 2 * _MARGIN, self.height + _HEAD + _MARGIN
+        size = (width / _CSS_DPI, height / _CSS_DPI)
         figure = Figure(figsize=size, dpi=_DPI, facecolor=LIGHT["paper"])
         FigureCanvasAgg(figure)
         axes: Any = figure.add_axes((0, 0, 1, 1))
-        axes.set(xlim=(0, self.width), ylim=(self.height, 0))
+        axes.set(xlim=(-_MARGIN, self.width + _MARGIN), ylim=(self.height + _MARGIN, -_HEAD))
         axes.axis("off")
-        for mark in self.marks:
+        heading = Mark("text", "strong", (0, -38), self.title, size=15)
+        for mark in (heading, Mark("text", "muted", (0, -20), where), *self.marks):
             _paint(axes, mark)
         with files.atomic(path) as temporary:
             figure.savefig(temporary, format="png")

@@ -155,12 +155,11 @@ def _memory(machine: Machine, mode: str) -> Figure | None:
 def _quantised(machine: Machine) -> Figure | None:
     groups = []
     for each in machine.quantised:
-        agree = "" if each.agree is None else f", {each.agree[0]} of {each.agree[1]} answers as before"
-        weights = f"{each.bytes_before / _MIB:.0f} to {each.bytes_after / _MIB:.0f} MiB"
+        weights = f"{each.bytes_before / _MIB:.0f} → {each.bytes_after / _MIB:.0f} MiB"
         after = each.after / each.before
         groups.append(
             Group(
-                f"{net_title(each.net)}, batch {each.batch}: {weights}{agree}",
+                f"{net_title(each.net)}, batch {each.batch}, {weights}",
                 [
                     Bar("8 bits", after, FUSED, f"{after:.2f}×"),
                     Bar(each.dtype, 1.0, "peer", f"{each.before:,.1f}/s"),

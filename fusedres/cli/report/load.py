@@ -12,6 +12,7 @@ from fusedres.cli.report import readers
 from fusedres.cli.report.data import Results
 
 SUFFIXES = (".json", ".jsonl")
+_UNKNOWN = "no result of fusedres, gpu_check or pytest-benchmark"
 
 
 class _Unreadable(Exception):
@@ -66,8 +67,9 @@ def _content(path: Path, results: Results) -> Any:
         whole = json.loads(text)
     except json.JSONDecodeError as error:
         return _json_lines(text, path, results, error)
-    # a file of one line may be JSON lines as well
-    return [whole] if path.suffix == ".jsonl" and isinstance(whole, dict) else whole
+    if not isinstance(whole, dict):
+        raise _Unreadable(_UNKNOWN)
+    return [whole] if path.suffix == ".jsonl" else whole  # of one line
 
 
 def _json_lines(text: str, path: Path, results: Results, error: json.JSONDecodeError) -> list[Any]:
@@ -90,15 +92,13 @@ def _json_lines(text: str, path: Path, results: Results, error: json.JSONDecodeE
 
 
 def _document(content: Any, path: Path, results: Results) -> None:
-    if not isinstance(content, dict):
-        raise _Unreadable("no result of fusedres, gpu_check or pytest-benchmark")
     for keys, (kind, read) in readers.DOCUMENTS.items():
         if all(key in content for key in keys):
             _read(kind, content, lambda read=read: read(content, path, results))
             return
     if "command" in content and "versions" in content:
         raise _Unreadable(f"a result that a report doesn't show: {content['command']}")
-    raise _Unreadable("no result of fusedres, gpu_check or pytest-benchmark")
+    raise _Unreadable(_UNKNOWN)
 
 
 def _read(kind: str, content: Any, read: Any) -> None:
@@ -135,6 +135,6 @@ def _lines(files: dict[Path, list[Any]], results: Results) -> None:
             elif any("img_s" in line or "what" in line for line in lines):
                 _read("a peers file", {}, lambda: readers.peers(lines, path, results, device))  # noqa: B023
             else:
-                raise _Unreadable("no result of fusedres, gpu_check or pytest-benchmark")
+                raise _Unreadable(_UNKNOWN)
         except _Unreadable as problem:
             results.problems.append(f"{path}: {problem}")

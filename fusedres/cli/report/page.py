@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -90,19 +91,24 @@ def _machine(machine: Machine, figures: Sequence[Figure]) -> Iterable[str]:
         )
         yield f'<p class="note">{said}</p>'
     yield from (f'<p class="note">{escape(note)}</p>' for note in machine.notes)
-    narrow = [_figure(figure) for figure in figures if figure.wide is None]
+    where = slug(machine.name)
+    narrow = [_figure(figure, where) for figure in figures if figure.wide is None]
     yield f'<div class="cards">{"".join(narrow)}</div>'
-    yield from (_figure(figure) for figure in figures if figure.wide is not None)
+    yield from (_figure(figure, where) for figure in figures if figure.wide is not None)
     yield from _tables(machine)
 
 
-def _figure(figure: Figure) -> str:
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _figure(figure: Figure, where: str) -> str:
     svg, kind = figure.drawing.svg(), ""
     if figure.wide is not None:
         kind = ' class="full"'
         svg = f'<div class="narrow">{svg}</div><div class="wide">{figure.wide.svg()}</div>'
     return (
-        f'<figure id="{escape(figure.name)}"{kind}><h3>{escape(figure.title)}</h3>'
+        f'<figure id="{where}-{escape(figure.name)}"{kind}><h3>{escape(figure.title)}</h3>'
         f"<figcaption>{escape(figure.caption)}</figcaption>{svg}</figure>\n"
     )
 
@@ -120,10 +126,11 @@ def _tables(machine: Machine) -> Iterable[str]:
         rows = [
             f"<tr><td>{escape(each.net)}, batch {each.batch}</td><td>{each.before:,.1f}</td>"
             f"<td>{each.after:,.1f}</td><td>{each.after / each.before:.2f}×</td>"
-            f"<td>{each.bytes_before / _MIB:.2f}</td><td>{each.bytes_after / _MIB:.2f}</td></tr>"
+            f"<td>{each.bytes_before / _MIB:.2f}</td><td>{each.bytes_after / _MIB:.2f}</td>"
+            f"<td>{'' if each.agree is None else '{} of {}'.format(*each.agree)}</td></tr>"
             for each in machine.quantised
         ]
-        names = ("", "img/s before", "8 bits", "ratio", "weights, MiB", "8 bits, MiB")
+        names = ("", "img/s before", "8 bits", "ratio", "weights, MiB", "8 bits, MiB", "answers as before")
         yield _folded("8 bits, all figures", names, rows)
     if machine.layers:
         rows = [
