@@ -18,6 +18,7 @@ import pytest
 import torch
 from gpu_check_run import Part, Results, run_parts
 
+from fusedres.cli.report import load
 from fusedres.plan import traffic
 
 BENCHMARKS = Path(gpu_check.__file__).parent
@@ -50,6 +51,17 @@ def test_every_part_runs_and_every_gate_holds(tiny):
     assert summary in output
     assert all(f"{part}: done in" in summary for part in gpu_check.PARTS)
     assert "WRONG" not in summary
+
+
+def test_a_report_shows_it(tiny):
+    folder, records, _ = tiny
+    results = load.load([folder])
+    assert not results.problems
+    (machine,) = results.machines.values()
+    assert {each.mode for each in machine.comparisons} == {"train", "inference"}
+    timed = [record for record in records if "floor_ms" in record and "ms" in record]
+    assert [layer.ms["fused"] for layer in machine.layers] == [record["ms"] for record in timed]
+    assert machine.ops and machine.notes
 
 
 def test_what_is_measured(tiny):

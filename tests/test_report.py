@@ -17,6 +17,8 @@ import fusedres
 from fusedres.cli import main
 from fusedres.cli.report import load
 from fusedres.cli.report.style import DARK, LIGHT
+from fusedres.cli.roofline import LEVELS, passes
+from fusedres.plan.conv import BANDWIDTH, PEAK
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 EPYC = RESULTS / "epyc-zen5-2cores-2026-11-24"
@@ -270,9 +272,12 @@ def benchmark_entry(name: str, median: float) -> dict[str, Any]:
 def test_pytest_benchmark(tmp_path):
     path = tmp_path / "benchmark.json"
     entries = [benchmark_entry("fused (cpu)", 0.01), benchmark_entry("eager", 0.025)]
+    in_turns = benchmark_entry("fused (cpu)", 0.01) | {"group": "block, fp32"}
+    in_turns["extra_info"] |= {"against": "eager", "ratio": 1.5}
+    entries.append(in_turns)
     path.write_text(json.dumps({"machine_info": {}, "datetime": "2026-11-25", "benchmarks": entries}))
     page = report(tmp_path, path)
-    assert [value for _, value in page.marks("ops")] == [2.5]
+    assert [value for _, value in page.marks("ops")] == [2.5, 1.5]
     assert "6.4" in page.text["td"]  # GB/s
 
 
@@ -355,6 +360,31 @@ def test_text_can_be_read_in_both_palettes(palette):
         for ground in ("page", "paper"):
             lights = sorted((luminance(palette[text]), luminance(palette[ground])))
             assert (lights[1] + 0.05) / (lights[0] + 0.05) >= 4.5, (text, ground)
+
+
+def test_readme_has_the_figures_of_the_files():
+    """The baseline on the H100, and the roofs beside it."""
+    readme = (RESULTS.parents[1] / "README.md").read_text()
+    table = readme[readme.index("| training | img/s |") : readme.index("A roof counts")]
+    lines = [json.loads(line) for path in PEERS.glob("peers_*") for line in path.read_text().splitlines()]
+    speeds = {(line["kind"], line["variant"]): line["img_s"] for line in lines if "img_s" in line}
+    measured = [
+        *(speeds["train", name] for name in ("eager_amp_cl", "compile_amp_cl", "jax_bf16_nhwc")),
+        *(speeds["infer", name] for name in ("eager_cl", "compile_freeze_cl", "jax_bf16_nhwc")),
+    ]
+    levels = {name: passes(name, "resnet50", 256, 224, "bfloat16") for name in LEVELS}
+    bound = (BANDWIDTH, PEAK["bfloat16"])
+    roofs = [
+        round(256 / sum(placed.work.seconds(*bound) for placed in levels[name]), -2)
+        for name in ("block", "joint", "conv", "block-inference")
+    ]
+    written = sorted(int(cell.replace(",", "")) for cell in re.findall(r"\| ([\d,]+) (?=\|)", table))
+    assert written == sorted(round(value) for value in (*measured, *roofs))
+    moved = {name: sum(placed.work.bytes for placed in found) / 256 / 1e6 for name, found in levels.items()}
+    said = re.search(r"(\d+) MB an image.*?moves (\d+) and a compiler (\d+)", readme, re.DOTALL)
+    assert said and [int(value) for value in said.groups()] == [
+        round(moved[name]) for name in ("block", "eager", "compile")
+    ]
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

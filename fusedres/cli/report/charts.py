@@ -77,6 +77,7 @@ def bars(title: str, groups: Sequence[Group], unit: str = "", width: float = WID
     drawing.height = y - _GAP
     if unit:
         drawing.line("unit", left + scale, top - 2, left + scale, drawing.height)
+    drawing.marks.sort(key=lambda mark: mark.kind == "text")  # on top
     return drawing
 
 
@@ -168,12 +169,13 @@ def curves(title: str, lines: Sequence[Curve], x_name: str, y_name: str, width: 
         drawing.text("muted", left - 6, y + 4, f"{index * step:g}", "end", SMALL)
     for value in _apart(xs, lambda value: place(value, 0)[0]):
         drawing.text("muted", place(value, 0)[0], bottom + 15, f"{value:g}", "middle", SMALL)
-    ends: list[float] = []
-    for line in sorted(lines, key=lambda line: line.points[-1][1], reverse=True):
+    for line in sorted(lines, key=lambda line: line.role == "fused"):  # on top
         drawing.path(line.role, *(place(x, y) for x, y in line.points))
         for x, y in line.points:
             tip = f"{line.name}, {x_name} {x:g}: {y:.4g} {y_name}"
             drawing.circle(line.role, *place(x, y), 3, tip, name=line.name, value=f"{y:.6g}", at=f"{x:g}")
+    ends: list[float] = []
+    for line in sorted(lines, key=lambda line: line.points[-1][1], reverse=True):
         across, down = place(*line.points[-1])
         down = max([down + 4, *(end + 14 for end in ends[-1:])])
         ends.append(down)

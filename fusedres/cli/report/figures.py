@@ -309,8 +309,8 @@ def _ops(machine: Machine) -> Figure | None:
     most = sorted(machine.ops, key=lambda op: op.ratio, reverse=True)[:_MOST_OPS]
     bars = [Group(op.label, [Bar("fused", op.ratio, FUSED, f"{op.ratio:.2f}×")]) for op in most]
     left_out = len(machine.ops) - len(most)
-    title = "Ops by themselves"
-    caption = "Time of PyTorch's operators over the fused op's."
+    title = "Single ops and blocks"
+    caption = "Time of eager PyTorch over the fused one's."
     if left_out:
         caption += f" The {len(most)} best of {len(machine.ops)}; all are in the table."
     return Figure("ops", title, caption, charts.bars(title, bars, "eager = 1"))

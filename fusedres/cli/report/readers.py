@@ -115,12 +115,18 @@ def pytest_benchmark(data: Record, path: Path, into: Results) -> None:
     found: list[OpTime] = []
     machine, date = None, str(data.get("datetime", ""))[:10]
     for group, entries in groups.items():
-        if FUSED not in entries or EAGER not in entries:
+        if FUSED not in entries:
             continue
         fused, info = entries[FUSED], entries[FUSED]["extra_info"]
         seconds = fused["stats"]["median"]
+        if info.get("against") == EAGER:  # in turns
+            ratio = info["ratio"]
+        elif EAGER in entries:
+            ratio = entries[EAGER]["stats"]["median"] / seconds
+        else:
+            continue
         gbps = info["bytes"] / seconds * _NANO if "bytes" in info and "error" not in info else None
-        found.append(OpTime(group, entries[EAGER]["stats"]["median"] / seconds, gbps, path))
+        found.append(OpTime(group, ratio, gbps, path))
         machine = into.machine(info["device"])
         machine.say(_threads(info["threads"]), *_versions(info), date)
     if machine is None:

@@ -62,8 +62,9 @@ figcaption {{ margin-bottom: 12px; line-height: 1.4; max-width: 76ch; }}
 @media (max-width: 740px) {{ .narrow {{ display: block; }} .wide {{ display: none; }} }}
 svg {{ display: block; width: 100%; height: auto; max-width: 420px; font-family: inherit; }}
 .wide svg {{ max-width: none; }}
-svg text {{ fill: var(--ink); font-variant-numeric: tabular-nums; }}
-svg text.muted {{ fill: var(--muted); paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }}
+svg text {{ fill: var(--ink); font-variant-numeric: tabular-nums; paint-order: stroke; stroke: var(--paper);
+  stroke-width: 3px; }}
+svg text.muted {{ fill: var(--muted); }}
 svg text.strong {{ font-weight: 600; }}
 svg text.fused {{ fill: var(--fused); font-weight: 600; }}
 rect.fused, circle.fused {{ fill: var(--fused); }}
