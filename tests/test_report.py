@@ -227,7 +227,13 @@ def test_a_later_run_of_the_same_takes_the_place_of_an_earlier(tmp_path):
 GPU_CHECK = [
     {"part": "header", "name": "header", "machine": {"device_name": "old run"}, "versions": {}, "tiny": False}
     | {"date": "2026-01-01", "command": "gpu_check"},
-    {"part": "header", "name": "header", "command": "python benchmarks/gpu_check.py", "tiny": False}
+    {
+        "part": "header",
+        "name": "header",
+        "command": "python benchmarks/gpu_check.py",
+        "tiny": False,
+        "device": "cuda",
+    }
     | {"date": "2026-11-25T10:00:00+00:00", "machine": {"device_name": "NVIDIA X1"}}
     | {"versions": {"fusedres": "0.1.0", "torch": "2.11.0"}},
     {"part": "copy", "name": "copy", "ok": True, "gbps": 2000.0, "tensor_bytes": 1 << 30},
@@ -256,7 +262,7 @@ def test_gpu_check(tmp_path):
     page = report(tmp_path, path)
     assert page.text["h2"] == ["NVIDIA X1", "Files"]
     assert dict(page.marks("speed-train")) == {"fused": 2.0, "fused, triton": 1.9, "eager": 1.0}
-    assert page.marks("layers-conv_fwd-bf16") == [("fused", 0.125), ("cuDNN", 0.15)]
+    assert page.marks("layers-conv_fwd-bf16") == [("fused", 0.125), ("PyTorch", 0.15)]
     assert [value for _, value in page.marks("ops")] == [2.5]
     dots = [value for name, value in page.marks("roofline", "circle")]
     assert sorted(set(dots)) == pytest.approx([59190018048 / 0.15e-3, 59190018048 / 0.125e-3], rel=1e-5)

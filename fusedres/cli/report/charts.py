@@ -68,7 +68,7 @@ def bars(title: str, groups: Sequence[Group], unit: str = "", width: float = WID
     top = y
     for group in groups:
         if group.title:
-            drawing.text("strong", 0, y + _BASE, group.title)
+            drawing.text("strong", 0, y + _BASE, _shortened(group.title, width / _BOLD))
             y += _ROW
         for bar in group.bars:
             _bar(drawing, bar, y, left, scale, most)

@@ -109,12 +109,14 @@ class Machine:
     name: str
     facts: list[str] = field(default_factory=list)
     by_others: bool = False  # baselines of other frameworks, no figure of this package
+    tiny: bool = False  # a run of the logic, whose times mean nothing
     comparisons: list[Comparison] = field(default_factory=list)
     layers: list[LayerTime] = field(default_factory=list)
     ops: list[OpTime] = field(default_factory=list)
     quantised: list[Quantised] = field(default_factory=list)
     bandwidth: float | None = None  # bytes a second of a copy
     peak: float | None = None  # FLOP a second of a matrix product in 16 bits
+    ceilings: str = ""  # where both are from
     notes: list[str] = field(default_factory=list)
 
     def say(self, *facts: str | None) -> None:
@@ -122,15 +124,13 @@ class Machine:
 
     def leave_out_older(self) -> None:
         """Of runs of the same net in the same way only the last is kept, and said so."""
-        newest: dict[tuple[object, ...], Comparison] = {}
-        older = []
+        runs: dict[tuple[object, ...], list[Comparison]] = {}
         for each in self.comparisons:
             key = (each.mode, each.net, each.batch, each.dtype, each.image_size, each.threads)
-            last = newest.get(key)
-            if last is not None:
-                older.append(min(last, each, key=lambda run: run.date))
-            newest[key] = each if last is None else max(last, each, key=lambda run: run.date)
-        self.comparisons = list(newest.values())
+            runs.setdefault(key, []).append(each)
+        last = {key: max(found, key=lambda run: run.date).file for key, found in runs.items()}
+        older = [each for key, found in runs.items() for each in found if each.file != last[key]]
+        self.comparisons = [each for each in self.comparisons if each not in older]
         names = sorted({f"{each.file.name} ({each.mode})" for each in older})
         if names:
             self.notes.append(

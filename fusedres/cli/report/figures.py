@@ -20,7 +20,6 @@ from fusedres.cli.report.data import (
 )
 from fusedres.cli.report.drawing import Drawing
 from fusedres.cli.roofline import LEVELS, passes
-from fusedres.plan.conv import BANDWIDTH, PEAK
 
 MODES = {"train": "Training", "inference": "Inference"}
 ROOF = "roof"
@@ -269,7 +268,7 @@ def _layers(machine: Machine, direction: str, dtype: str) -> Figure:
     ours = any(FUSED in layer.ms for layer in layers)
     if not ours:  # one bar each: a row with the layer's name
         groups = [Group("", [bar for group in groups for bar in group.bars])]
-    who = "fused, and grey cuDNN's convolution alone" if ours else "cuDNN's convolution"
+    who = "fused, and in grey of PyTorch's convolution alone" if ours else "cuDNN's convolution"
     title = f"Layers: {direction}, {dtype}"
     caption = f"Time of {who}, and the share that memory or arithmetic needs of it (the mark)."
     drawing = charts.bars(title, groups)
@@ -278,26 +277,25 @@ def _layers(machine: Machine, direction: str, dtype: str) -> Figure:
 
 def _layer_bar(layer: LayerTime, role: str) -> Bar:
     ms = layer.ms[role]
-    name = ("fused" if role == FUSED else "cuDNN") if len(layer.ms) > 1 else layer.label
+    name = ("fused" if role == FUSED else "PyTorch") if len(layer.ms) > 1 else layer.label
     return Bar(name, ms, role, f"{1e3 * ms:.0f} µs {layer.floor_ms / ms:.0%}", layer.floor_ms)
 
 
 def _roofline(machine: Machine) -> Figure | None:
     layers = [layer for layer in machine.layers if layer.dtype != "fp32"]
-    if not layers:
+    if not layers or not machine.bandwidth or not machine.peak:
         return None
-    bandwidth, peak = machine.bandwidth or BANDWIDTH, machine.peak or PEAK["bfloat16"]
+    bandwidth, peak = machine.bandwidth, machine.peak
     points = [
         Point(f"{layer.label} {layer.direction}", layer.flop / layer.bytes, 1e3 * layer.flop / ms, role)
         for layer in layers
         for role, ms in sorted(layer.ms.items(), reverse=True)  # ours on top
     ]
     peak = max(peak, *(point.flops for point in points))
-    known = "copy and matrix product measured there" if machine.bandwidth and machine.peak else "an H100's"
     title = "Roofline of the convolutions"
     caption = (
         f"Each dot a layer in one direction, under {bandwidth / 1e12:.2f} TB/s and {peak / 1e12:.0f} TFLOP/s "
-        f"({known}). Bytes are those that a perfect cache would leave."
+        f"({machine.ceilings}). Bytes are those that a perfect cache would leave."
     )
     narrow, wide = (charts.roofline(title, points, bandwidth, peak, width) for width in (WIDTH, _WIDER))
     return Figure("roofline", title, caption, narrow, wide)
@@ -306,11 +304,10 @@ def _roofline(machine: Machine) -> Figure | None:
 def _ops(machine: Machine) -> Figure | None:
     if not machine.ops:
         return None
-    most = sorted(machine.ops, key=lambda op: op.ratio, reverse=True)[:_MOST_OPS]
-    bars = [Group(op.label, [Bar("fused", op.ratio, FUSED, f"{op.ratio:.2f}×")]) for op in most]
-    left_out = len(machine.ops) - len(most)
+    shown = machine.ops[:_MOST_OPS]
+    bars = [Group(op.label, [Bar("fused", op.ratio, FUSED, f"{op.ratio:.2f}×")]) for op in shown]
     title = "Single ops and blocks"
     caption = "Time of eager PyTorch over the fused one's."
-    if left_out:
-        caption += f" The {len(most)} best of {len(machine.ops)}; all are in the table."
+    if len(shown) < len(machine.ops):
+        caption += f" The first {len(shown)} of {len(machine.ops)}; all are in the table."
     return Figure("ops", title, caption, charts.bars(title, bars, "eager = 1"))

@@ -52,6 +52,8 @@ def _lead(machines: Sequence[Machine]) -> str:
     """What stands at the top: the span of the ratios on each machine."""
     said = []
     for machine in machines:
+        if machine.tiny:
+            continue
         spans = []
         for mode, name in MODES.items():
             ratios = [
@@ -59,7 +61,7 @@ def _lead(machines: Sequence[Machine]) -> str:
                 for each in machine.comparisons
                 if each.mode == mode
                 for side in each.sides
-                if side.role == FUSED and side.ratio is not None
+                if side.name == FUSED and side.ratio is not None
             ]
             if ratios:
                 span = f"{min(ratios):.2f} to {max(ratios):.2f}" if len(ratios) > 1 else f"{ratios[0]:.2f}"
@@ -135,7 +137,7 @@ def _tables(machine: Machine) -> Iterable[str]:
     if machine.layers:
         rows = [
             f"<tr><td>{escape(layer.label)}, {escape(layer.direction)}</td><td>{layer.dtype}</td>"
-            f"<td>{layer.count}</td><td>{'fusedres' if role == FUSED else 'cuDNN'}</td><td>{ms:.4f}</td>"
+            f"<td>{layer.count}</td><td>{'fusedres' if role == FUSED else 'PyTorch'}</td><td>{ms:.4f}</td>"
             f"<td>{layer.floor_ms:.4f}</td><td>{layer.floor_ms / ms:.0%}</td>"
             f"<td>{layer.bytes / 1e6:,.1f}</td><td>{layer.flop / 1e9:,.1f}</td></tr>"
             for layer in machine.layers

@@ -18,7 +18,7 @@ from fusedres.cli.report.data import (
     Source,
 )
 from fusedres.plan import Conv, traffic
-from fusedres.plan.conv import BANDWIDTH, PEAK
+from fusedres.plan.conv import PEAK
 
 Record = dict[str, Any]
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -30,7 +30,7 @@ def role_of(name: str) -> str:
     """By the name that results give an implementation."""
     if name == EAGER:
         return EAGER
-    return FUSED if name == FUSED or name in ("auto", "triton", "cuda", "cpu", "reference") else PEER
+    return FUSED if name == FUSED or name in ("auto", "triton", "cuda", "cpu") else PEER
 
 
 def _versions(record: Record) -> list[str]:
@@ -139,16 +139,18 @@ def gpu_check(lines: Sequence[Record], path: Path, into: Results) -> None:
     """The last run in a results.jsonl of ``benchmarks/gpu_check.py``."""
     starts = [index for index, line in enumerate(lines) if line["part"] == "header"]
     header, records = lines[starts[-1]], lines[starts[-1] + 1 :]
-    machine = into.machine(header["machine"]["device_name"])
-    tiny = ", tiny shapes: the logic alone" if header["tiny"] else ""
+    name, tiny = header["machine"]["device_name"], header["tiny"]
+    machine = into.machine(f"{name}, tiny shapes" if tiny else name)
+    machine.tiny = tiny
     machine.say(*_versions(header), header["date"][:10])
     if tiny:
-        machine.notes.append(f"{path.name} is of a run with tiny shapes, which shows no speed.")
+        machine.notes.append("Shapes are tiny: the check's logic was run, and no speed is shown by it.")
     runs: dict[tuple[Any, ...], list[Record]] = {}
     timed_layers, timed_ops, compared = [], [], []
     copies = [record["gbps"] for record in records if record["name"] == "copy"]
-    if copies:
-        machine.bandwidth = 1e9 * copies[-1]
+    if copies and header["device"] == "cuda":
+        machine.bandwidth, machine.peak = 1e9 * copies[-1], PEAK["bfloat16"]
+        machine.ceilings = "a copy measured there, arithmetic as measured on an H100"
     wrong = sum(not record.get("ok", True) for record in records)
     if wrong:
         machine.notes.append(f"{wrong} of {len(records)} records of {path.name} say that something is wrong.")
@@ -161,7 +163,8 @@ def gpu_check(lines: Sequence[Record], path: Path, into: Results) -> None:
         elif record.get("times_aten") and record.get("implementation") != "aten":
             shape = "x".join(map(str, record["shape"]))
             dtype = SHORT.get(record["dtype"], record["dtype"])
-            label = f"{record['name']} by {record['implementation']}, {shape}, {record['variant']}, {dtype}"
+            variant = "" if record["variant"] == "none" else f", {record['variant']}"
+            label = f"{record['name']}, {shape}{variant}, {dtype}, {record['implementation']}"
             timed_ops.append(OpTime(label, record["times_aten"], record["gbps"], path))
     for (_, name, net, batch, dtype), found in runs.items():
         mode = "train" if name == "training step" else "inference"
@@ -171,8 +174,7 @@ def gpu_check(lines: Sequence[Record], path: Path, into: Results) -> None:
     machine.layers += timed_layers
     machine.ops += timed_ops
     machine.comparisons += compared
-    kind = f"gpu_check{tiny}"
-    into.sources.append(Source(path, kind, header["date"][:10], header["command"]))
+    into.sources.append(Source(path, "gpu_check", header["date"][:10], header["command"]))
 
 
 def _checked_side(record: Record) -> Side:
@@ -213,6 +215,7 @@ def peers(lines: Sequence[Record], path: Path, into: Results, device: str) -> No
             machine.bandwidth = 1e12 * line["value"]
         elif line.get("what") == "matmul_torch.bfloat16_TFLOPs":
             machine.peak = 1e12 * line["value"]
+            machine.ceilings = "a copy and a matrix product measured there"
         elif line.get("what") == "device":
             machine.say(f"torch {line['torch']}", f"cuDNN {_cudnn(line['cudnn'])}")
         elif "img_s" in line:
@@ -310,4 +313,3 @@ DOCUMENTS: Mapping[tuple[str, ...], tuple[str, Reader]] = {
     ("settings", "weights_bytes", "speed"): ("fusedres quantize", quantize),
     ("benchmarks", "machine_info"): ("pytest-benchmark", pytest_benchmark),
 }
-DEFAULT_CEILINGS = (BANDWIDTH, PEAK["bfloat16"])
