@@ -14,6 +14,7 @@ from shapes import Conv, Norm, layers
 from torch import Tensor
 
 import fusedres
+from fusedres.plan import traffic
 
 EPS = 1e-5
 BATCH, SMALLER_BATCH, TINY_BATCH = 256, 64, 4
@@ -27,20 +28,6 @@ _OPS = torch.ops.fusedres
 Outputs = tuple[Tensor, ...]
 Inputs = SimpleNamespace
 
-# full tensors that an op reads and writes, by the residual: none, plain, or with a batch norm of its own
-TENSORS = {
-    "bn_stats": {"none": 1},  # x
-    "bn_act": {"none": 2, "plain": 3, "normalised": 3},  # x, residual -> z
-    "bn_act_backward_reduce": {"none": 2, "plain": 4, "normalised": 5},  # grad, z, x, residual -> du
-    "bn_act_backward_apply": {"none": 3, "plain": 3, "normalised": 5},  # du, x, residual -> dx, dresidual
-}
-# the stem's pool: tensors of the image's size; of the pooled size there is one, and the index of one byte
-POOL_TENSORS = {
-    "bias_relu_maxpool": 1,  # x -> z
-    "bn_relu_maxpool": 1,  # x -> z, index
-    "bn_relu_maxpool_backward_reduce": 1,  # grad, index, x
-    "bn_relu_maxpool_backward_apply": 2,  # grad, index, x -> dx
-}
 # what a whole pass consists of, where a normalised residual has statistics of its own
 PASSES = {
     "bn_forward": ("bn_stats", "bn_act"),
@@ -59,25 +46,29 @@ def bytes_moved(op: str, shape: Sequence[int], dtype: torch.dtype, variant: str 
         dtype: of the activation, or of the casts of float32 weights.
         variant: the residual, where there may be one: "none", "plain" or "normalised".
     """
-    values, size = math.prod(shape), dtype.itemsize
     if op in PASSES:
         moved = sum(bytes_moved(each, shape, dtype, _own_variant(each, variant)) for each in PASSES[op])
         again = op == "bn_forward" and variant == "normalised"
         return moved + again * bytes_moved("bn_stats", shape, dtype)
-    if op in TENSORS:
-        return TENSORS[op][variant] * values * size
-    if op == "cast_weights":
-        return values * (torch.float32.itemsize + size)
+    return traffic.moved(op, _own_variant(op, variant), _sizes(shape, dtype)).bytes
+
+
+def _sizes(shape: Sequence[int], dtype: torch.dtype) -> dict[str, traffic.Full]:
+    values, name = math.prod(shape), str(dtype).removeprefix("torch.")
+    if len(shape) == 1:
+        wide = traffic.activations(values, "float32", "weights")
+        return {**wide, **traffic.activations(values, name, "casts")}
     n, c, h, w = shape
-    if op in ("global_avg_pool", "global_avg_pool_backward"):
-        return (values + n * c) * size
-    pooled = n * c * ((h + 1) // 2) * ((w + 1) // 2)
-    index = 0 if op == "bias_relu_maxpool" else torch.uint8.itemsize
-    return POOL_TENSORS[op] * values * size + pooled * (size + index)
+    full = ("x", "residual", "z", "grad", "du", "dx", "dresidual")
+    return {
+        **traffic.activations(values, name, *full),
+        **traffic.pooled((n, c, h, w), name),
+        **traffic.activations(n * c, name, "means", "dmeans"),
+    }
 
 
 def _own_variant(op: str, variant: str) -> str:
-    return variant if variant in TENSORS.get(op, {}) else "none"
+    return variant if variant in traffic.OPS[op] else "none"
 
 
 @dataclass(frozen=True)

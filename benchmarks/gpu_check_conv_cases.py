@@ -14,8 +14,10 @@ from shapes import Conv
 from torch import Tensor, nn
 
 import fusedres
+from fusedres import plan
 from fusedres.cli.bench.eager import EagerBlock, EagerResNet
 from fusedres.ops import stats_dtype
+from fusedres.plan import traffic
 from fusedres.plan.conv import PEAK
 
 _OPS = torch.ops.fusedres
@@ -51,11 +53,6 @@ class Layer(NamedTuple):
     def size(self) -> tuple[int, int]:
         """Of the output."""
         return _strided(self.conv, self.conv.stride)
-
-    @property
-    def read(self) -> tuple[int, int]:
-        """Pixels of the input that meet a filter; of a strided 1x1 those of the output."""
-        return self.size if self.conv.size == 1 else (self.conv.height, self.conv.width)
 
     @property
     def weights(self) -> int:
@@ -207,20 +204,14 @@ def _wgrad(layer: Layer, t: Inputs, call: Callable[..., Call]) -> Call:
 
 def bytes_moved(op: str, layer: Layer, batch: int, dtype: torch.dtype) -> int:
     """Bytes that an op has to move: each full tensor once and the weight once, vectors not counted."""
-    conv = layer.conv
-    out = batch * conv.outputs * math.prod(layer.size)
-    read = batch * conv.inputs * math.prod(layer.read)
-    if op == "conv_fwd":  # x -> y
-        values = read + out
-    elif op == "conv_wgrad":  # du, y, x -> the weight's gradient
-        values = 2 * out + read
-    else:  # du, y (, x) (, what is added) -> dx
-        size = layer.size if layer.subsampled else (conv.height, conv.width)
-        dx = batch * conv.inputs * math.prod(size)
-        values = 2 * out + (2 if layer.inner else 1) * dx
-        if layer.place == "first":
-            values += batch * conv.inputs * math.prod(_strided(conv, 2)) if layer.compact else dx
-    return (values + layer.weights) * dtype.itemsize
+    inputs, outputs, side, stride, height, width = layer.conv
+    conv = plan.Conv(batch, inputs, height, width, outputs, side, stride)
+    sizes = traffic.around(conv, str(dtype).removeprefix("torch."))
+    if layer.subsampled:
+        sizes["dx"] = sizes["x"]
+    if layer.compact:
+        sizes["add"] = sizes["add"]._replace(values=batch * inputs * math.prod(_strided(layer.conv, 2)))
+    return traffic.moved(op, layer.place, sizes).bytes
 
 
 def _inputs(layer: Layer, batch: int, device: str, dtype: torch.dtype) -> Inputs:

@@ -19,7 +19,7 @@ import fusedres
 from fusedres import kernels, plan
 from fusedres.cli import machine, main
 
-COMMANDS = ("autotune", "bench", "eval", "experiment", "info", "predict", "quantize", "train")
+COMMANDS = ("autotune", "bench", "eval", "experiment", "info", "predict", "quantize", "report", "train")
 CLASSES = 7
 
 

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fusedres import __version__, ops, plan
-from fusedres.cli import autotune, bench, eval, experiment, info, predict, quantize, train
+from fusedres.cli import autotune, bench, eval, experiment, info, predict, quantize, report, train
 from fusedres.cli.errors import USAGE, CommandError
 
-COMMANDS = (autotune, bench, eval, experiment, info, predict, quantize, train)
+COMMANDS = (autotune, bench, eval, experiment, info, predict, quantize, report, train)
 INTERRUPTED = 130
 
 
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="fusedres",
-        description="Fused kernels for ResNets: measure, inspect, predict, evaluate, quantise, train.",
+        description="Fused kernels for ResNets: measure, report, inspect, predict, quantise, train.",
     )
     parser.add_argument("--version", action="version", version=f"fusedres {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
