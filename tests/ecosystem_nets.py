@@ -27,25 +27,37 @@ class SmallBottleneck(ResNet):
     block, depths = Bottleneck, (1, 1, 1, 1)
 
 
+class EagerBlock(nn.Module):
+    """The forward of He et al. 2015, figure 5, on the children of a block of ours, written out."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+
+    def forward(self, x: Tensor) -> Tensor:
+        block: Any = self
+        shortcut = block.downsample(x) if hasattr(block, "downsample") else x
+        x = functional.relu(block.bn1(block.conv1(x)))
+        x = block.bn2(block.conv2(x))
+        if hasattr(block, "conv3"):
+            x = block.bn3(block.conv3(functional.relu(x)))
+        return functional.relu(x + shortcut)
+
+
 class Eager(nn.Module):
-    """The forward of He et al. 2015, table 1, on the children of a net of ours, written out."""
+    """The forward of table 1, likewise."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         for name, child in net.named_children():
-            self.add_module(name, child)
+            stage = isinstance(child, nn.Sequential)
+            self.add_module(name, nn.Sequential(*map(EagerBlock, child)) if stage else child)
 
     def forward(self, x: Tensor) -> Tensor:
         net: Any = self
         x = net.maxpool(functional.relu(net.bn1(net.conv1(x))))
-        for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
-            for block in stage:
-                shortcut = x if block.downsample is None else block.downsample[1](block.downsample[0](x))
-                x = functional.relu(block.bn1(block.conv1(x)))
-                x = block.bn2(block.conv2(x))
-                if hasattr(block, "conv3"):
-                    x = block.bn3(block.conv3(functional.relu(x)))
-                x = functional.relu(x + shortcut)
+        x = net.layer4(net.layer3(net.layer2(net.layer1(x))))
         return net.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 

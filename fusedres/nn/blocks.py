@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusedres.nn.casts import convolve
 from fusedres.nn.chain import Pairs, fused_chain, is_small, unfused_chain_reason
-from fusedres.nn.fuse import altered, batch_norm_act, copied_statistics, is_recomputed
+from fusedres.nn.fuse import altered, batch_norm_act, copied_statistics, is_recomputed, traced
 from fusedres.nn.shortcut import one_of, shortcut
 
 Variant = Literal["v1.5", "v1"]
@@ -48,9 +48,12 @@ class Residual:
     def forward(self, x: Tensor) -> Tensor:
         pairs, relu, downsample = self.pairs, self.relu, self.downsample
         if is_small(x, downsample) and type(pairs[0][1]) is not nn.SyncBatchNorm:
+            act = torch.relu_ if type(relu) is nn.ReLU and altered(relu) is None else relu
             if is_recomputed():
                 with copied_statistics(self):
-                    return _child_by_child(pairs, relu, downsample, x)
+                    return _child_by_child(pairs, act, downsample, x)
+            return _child_by_child(pairs, act, downsample, x)
+        if traced(x) is not None:
             return _child_by_child(pairs, relu, downsample, x)
         fused = fused_chain(pairs, relu, x, downsample)
         if fused is not None:
@@ -66,9 +69,10 @@ class Residual:
         return unfused_chain_reason(self.pairs, self.relu, self.downsample)
 
 
-def _child_by_child(pairs: Pairs, relu: nn.Module, downsample: nn.Module | None, x: Tensor) -> Tensor:
-    """As torchvision's blocks do it."""
-    act = torch.relu_ if type(relu) is nn.ReLU and altered(relu) is None else relu
+def _child_by_child(
+    pairs: Pairs, act: Callable[[Tensor], Tensor], downsample: nn.Module | None, x: Tensor
+) -> Tensor:
+    """As torchvision's blocks do it, in their order."""
     *before, (conv, norm) = pairs
     out = x
     for inner, inner_norm in before:

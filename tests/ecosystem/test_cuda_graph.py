@@ -8,53 +8,36 @@ from typing import Any
 import pytest
 import torch
 from ecosystem_nets import NETS, images, twins
-from fused_ops import FusedOps
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedres
-from fusedres import kernels
-
-
-@pytest.fixture
-def h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the choice of an implementation asks a GPU."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100")
-    monkeypatch.setattr(kernels, "unavailable", lambda: {})
-    fusedres.ops.choice.cache_clear()
-    yield
-    fusedres.ops.choice.cache_clear()
 
 
 def step(net: nn.Module, x: Any) -> None:
     nn.functional.cross_entropy(net(x), torch.zeros(len(x), dtype=torch.long, device=x.device)).backward()
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def faked(net: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The net without values."""
+    for module in net.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(mode.from_tensor(p.detach()))
+        for name, b in module._buffers.items():
+            module._buffers[name] = None if b is None else mode.from_tensor(b)
+    return net
+
+
 @pytest.mark.parametrize("name", NETS)
-def test_no_value_is_read(h100, name, device):
+def test_no_value_is_read(name):
     """Fake tensors have no values: asking for one raises."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        with torch.device(device):
-            _, net = twins(name)
-        x = mode.from_tensor(images()).to(device)
-        with fusedres.backend("triton" if device == "cuda" else "reference"), FusedOps() as ops:
-            step(net, x)
-    assert ops.names["conv_wgrad"] > 0 and ops.names["bn_update_running_"] > 0
-    assert all(p.grad.device.type == device for p in net.parameters())
-
-
-def test_an_average_over_all_batches_reads_their_number(h100):
-    """momentum=None, as in PyTorch's own BatchNorm2d."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        nets = twins("basic")
-        for net in nets:
-            for module in net.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.momentum = None
-            with pytest.raises(RuntimeError, match="item|data-dependent|fake"), fusedres.backend("reference"):
-                step(net, mode.from_tensor(images()))
+    mode = FakeTensorMode()
+    net = faked(twins(name)[1], mode)
+    x = mode.from_tensor(images())
+    with mode, fusedres.backend("reference"):
+        step(net, x)
+    assert all(p.grad is not None for p in net.parameters())
 
 
 @pytest.mark.gpu
