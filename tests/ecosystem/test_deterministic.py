@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
-from ecosystem_nets import NETS, images, twins
+from ecosystem_nets import images, twins
 from fused_ops import FusedOps
 from torch import Tensor, nn
 
 
-@pytest.fixture(params=[False, True], ids=["error", "warn"])
-def deterministic(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Under it memory that nobody wrote is NaN, too."""
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """An operator without a deterministic way raises; memory that nobody wrote is NaN."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    torch.use_deterministic_algorithms(True, warn_only=request.param)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*deterministic")
-        yield
+    torch.use_deterministic_algorithms(True)
+    yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
 
@@ -43,14 +40,15 @@ def steps(net: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", ["basic", "torchvision bottleneck", "timm basic"])
 def test_the_same_bits_twice(fused_by, deterministic, name, dtype):
     eager, fused = twins(name)
     other = copy.deepcopy(fused)
     with FusedOps() as ops:
         first = steps(fused, dtype)
     assert ops.names
-    second = steps(other, dtype)
+    with FusedOps():  # under a mode PyTorch takes other ways
+        second = steps(other, dtype)
     assert first.keys() == second.keys()
     for key, value in first.items():
         assert torch.equal(value, second[key]) and value.isfinite().all(), key
