@@ -19,10 +19,11 @@ BATCHES = {"static": (4, 4, 4), "dynamic": (4, 4, 6, 5)}
 
 @pytest.fixture(autouse=True)
 def compiler() -> Iterator[None]:
-    """Compiling again is an error."""
+    """Compiling again is an error; small inputs are fused, too."""
+    pytest.importorskip("fusedres._C")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with torch._dynamo.config.patch(error_on_recompile=True), fusedres.backend("cpu"):
         yield
     torch._dynamo.reset()
 
@@ -66,7 +67,7 @@ def trained_alike(compiled: Any, fused: nn.Module, eager: nn.Module, inputs: lis
         ("timm basic", "dynamic"),
     ],
 )
-def test_one_graph(fused_by, name, shapes, training):
+def test_one_graph(name, shapes, training):
     eager, fused = (net.train(training) for net in twins(name))
     graphs: list[torch.fx.GraphModule] = []
 
@@ -82,7 +83,7 @@ def test_one_graph(fused_by, name, shapes, training):
     assert calls(graphs, "fusedres.conv") == 0, "convolutions are PyTorch's"
 
 
-def test_aot_autograd(fused_by):
+def test_aot_autograd():
     """The backward is traced as well, for sizes that aren't known yet."""
     eager, fused = twins("basic")
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -90,7 +91,7 @@ def test_aot_autograd(fused_by):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_without_gradients(fused_by):
+def test_without_gradients():
     eager, fused = (net.eval() for net in twins("bottleneck"))
     compiled = torch.compile(fused, backend="eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
@@ -102,10 +103,8 @@ def test_without_gradients(fused_by):
 @pytest.mark.parametrize("shapes", BATCHES)
 def test_inductor(shapes):
     """A block with a projection, as code that inductor generates."""
-    pytest.importorskip("fusedres._C")
     eager, fused = (net.layer2[0] for net in twins("torchvision basic"))
     inputs = [torch.randn(n, 64, 8, 8) for n in BATCHES[shapes]]
-    with fusedres.backend("cpu"):
-        compiled = torch.compile(fused, fullgraph=True, dynamic=shapes == "dynamic")
-        trained_alike(compiled, fused, eager, inputs)
+    compiled = torch.compile(fused, fullgraph=True, dynamic=shapes == "dynamic")
+    trained_alike(compiled, fused, eager, inputs)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -22,8 +22,8 @@ timm: Any = pytest.importorskip("timm")
 models: Any = importlib.import_module("torchvision.models")
 extraction: Any = importlib.import_module("torchvision.models.feature_extraction")
 
-QUICK_TIMM = ("resnet18", "resnet50d", "resnext50_32x4d", "seresnet18", "test_resnet")
-QUICK_TORCHVISION = ("resnet18", "resnet50")
+QUICK_TIMM = ("resnet18", "resnet18d", "seresnet18", "test_resnet")
+QUICK_TORCHVISION = ("resnet18",)
 PLAIN = fusedres.register_with_timm()
 
 
