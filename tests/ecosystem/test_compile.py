@@ -38,7 +38,9 @@ def calls(graph_modules: list[torch.fx.GraphModule], op: str) -> int:
     )
 
 
-def trained_alike(compiled: Any, fused: nn.Module, eager: nn.Module, inputs: list[Tensor]) -> None:
+def trained_alike(
+    compiled: Any, fused: nn.Module, eager: nn.Module, inputs: list[Tensor], tolerance: float = 1e-2
+) -> None:
     """Every step's loss, gradients and statistics are eager's, the optimizer's steps in between."""
     optimizers = [torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9) for net in (fused, eager)]
     for x in inputs:
@@ -57,54 +59,59 @@ def trained_alike(compiled: Any, fused: nn.Module, eager: nn.Module, inputs: lis
             optimizer.step()
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize(
-    ("name", "shapes"),
+    ("name", "shapes", "training"),
     [
-        ("basic", "static"),
-        ("basic", "dynamic"),
-        ("torchvision bottleneck", "static"),
-        ("timm basic", "dynamic"),
+        ("basic", "static", True),
+        ("torchvision bottleneck", "dynamic", True),
+        ("timm basic", "dynamic", False),
     ],
 )
 def test_one_graph(name, shapes, training):
-    eager, fused = (net.train(training) for net in twins(name))
+    """In fp64: what a ReLU makes of rounding isn't looked at."""
+    eager, fused = (net.double().train(training) for net in twins(name))
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
         graphs.append(graph)
         return graph
 
-    compiled = torch.compile(fused, backend=keep, fullgraph=True, dynamic=shapes == "dynamic")
-    trained_alike(compiled, fused, eager, [images(n) for n in BATCHES[shapes]])
+    with fusedres.backend("reference"):
+        compiled = torch.compile(fused, backend=keep, fullgraph=True, dynamic=shapes == "dynamic")
+        trained_alike(compiled, fused, eager, [images(n).double() for n in BATCHES[shapes]], 1e-6)
     assert len(graphs) == 1
     if not name.startswith("timm"):
         assert calls(graphs, "fusedres.bn_act") > 0
     assert calls(graphs, "fusedres.conv") == 0, "convolutions are PyTorch's"
 
 
-def test_aot_autograd():
+def stages() -> list[nn.Module]:
+    """A block with a projection, eager and fused."""
+    return [net.layer2 for net in twins("torchvision basic")]
+
+
+def test_aot_autograd(fused_by):
     """The backward is traced as well, for sizes that aren't known yet."""
-    eager, fused = twins("basic")
+    eager, fused = stages()
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True, dynamic=True)
-    trained_alike(compiled, fused, eager, [images(n) for n in BATCHES["dynamic"]])
+    trained_alike(compiled, fused, eager, [torch.randn(n, 64, 8, 8) for n in BATCHES["dynamic"]])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_without_gradients():
-    eager, fused = (net.eval() for net in twins("bottleneck"))
+def test_without_gradients(fused_by):
+    eager, fused = (stage.eval() for stage in stages())
     compiled = torch.compile(fused, backend="eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
         for n in (2, 5):
-            x = images(n)
+            x = torch.randn(n, 64, 8, 8)
             torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shapes", BATCHES)
-def test_inductor(shapes):
-    """A block with a projection, as code that inductor generates."""
-    eager, fused = (net.layer2[0] for net in twins("torchvision basic"))
-    inputs = [torch.randn(n, 64, 8, 8) for n in BATCHES[shapes]]
-    compiled = torch.compile(fused, fullgraph=True, dynamic=shapes == "dynamic")
-    trained_alike(compiled, fused, eager, inputs)
+def test_inductor():
+    """As code that inductor generates."""
+    pytest.importorskip("fusedres._C")
+    eager, fused = stages()
+    with fusedres.backend("cpu"):
+        compiled = torch.compile(fused, fullgraph=True, dynamic=True)
+        trained_alike(compiled, fused, eager, [torch.randn(n, 64, 8, 8) for n in BATCHES["dynamic"]])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
