@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from ecosystem_nets import NETS, images, twins
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from fused_ops import FusedOps
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
-import fusedres
+from fusedres.nn import fuse
 
 
 def step(net: nn.Module, x: Any) -> None:
@@ -30,14 +31,29 @@ def faked(net: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_no_value_is_read(name):
-    """Fake tensors have no values: asking for one raises."""
+def test_no_value_is_read(fused_by, monkeypatch, name):
+    """Fake tensors have no values: asking for one raises. The nets would leave them to PyTorch."""
+    plain = (Tensor, nn.Parameter, FakeTensor)
+    monkeypatch.setattr(fuse, "_PLAIN", plain)
+    monkeypatch.setattr(fuse, "_PLAIN_OR_NONE", (*plain, type(None)))
     mode = FakeTensorMode()
     net = faked(twins(name)[1], mode)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
     x = mode.from_tensor(images())
-    with mode, fusedres.backend("reference"):
+    with mode, FusedOps() as ops:
         step(net, x)
+    assert ops.batch_norms == ops.names["bn_update_running_"] == norms
     assert all(p.grad is not None for p in net.parameters())
+
+
+def test_a_value_that_is_read_raises(monkeypatch):
+    """The count of all batches, by momentum=None, as PyTorch's own BatchNorm2d reads it."""
+    mode = FakeTensorMode()
+    norm = faked(nn.BatchNorm2d(8, momentum=None), mode)
+    x = mode.from_tensor(torch.randn(2, 8, 4, 4))
+    for call in (norm, lambda x: fuse.batch_norm_of(norm)):
+        with mode, pytest.raises(DataDependentOutputException):
+            call(x)
 
 
 @pytest.mark.gpu
