@@ -235,7 +235,7 @@ GPU_CHECK = [
         "device": "cuda",
     }
     | {"date": "2026-11-25T10:00:00+00:00", "machine": {"device_name": "NVIDIA X1"}}
-    | {"versions": {"fusedres": "0.1.0", "torch": "2.11.0"}},
+    | {"versions": {"fusedres": fusedres.__version__, "torch": "2.11.0"}},
     {"part": "copy", "name": "copy", "ok": True, "gbps": 2000.0, "tensor_bytes": 1 << 30},
     *(
         {"part": "train", "name": "training step", "ok": True, "implementation": name, "served_by": "cuda"}
@@ -271,7 +271,7 @@ def test_gpu_check(tmp_path):
 
 def benchmark_entry(name: str, median: float) -> dict[str, Any]:
     info = {"implementation": name, "device": "AMD EPYC", "threads": 2, "bytes": 64_000_000}
-    versions = {"versions": {"fusedres": "0.1.0", "torch": "2.14.1"}}
+    versions = {"versions": {"fusedres": fusedres.__version__, "torch": "2.14.1"}}
     return {"group": "pool, fp32", "name": name, "stats": {"median": median}, "extra_info": info | versions}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusedres.nn.casts import convolve
 from fusedres.nn.chain import Pairs, fused_chain, is_small, unfused_chain_reason
-from fusedres.nn.fuse import altered, batch_norm_act, copied_statistics, is_recomputed, traced
+from fusedres.nn.fuse import altered, batch_norm_act, copied_statistics, is_recomputed
 from fusedres.nn.shortcut import one_of, shortcut
 
 Variant = Literal["v1.5", "v1"]
@@ -53,8 +53,6 @@ class Residual:
                 with copied_statistics(self):
                     return _child_by_child(pairs, act, downsample, x)
             return _child_by_child(pairs, act, downsample, x)
-        if traced(x) is not None:
-            return _child_by_child(pairs, relu, downsample, x)
         fused = fused_chain(pairs, relu, x, downsample)
         if fused is not None:
             return fused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,13 @@ from torch import distributed
 import fusedres
 
 __all__ = ["fused_by", "reference", "two_processes"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collected() -> Iterator[None]:
+    """Traced and compiled nets are in cycles: gigabytes, until Python's collector comes."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
