@@ -111,7 +111,7 @@ def is_small(x: Tensor, downsample: nn.Module | None) -> bool:
     """
     if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor or not x.is_cpu:
         return False
-    if ops.forced_backend() != "auto":
+    if ops.forced_backend() != "auto" or torch._C._get_tracing_state() is not None:
         return False
     least = _least_on_a_cpu(convolved_dtype(x) if torch._C._is_any_autocast_enabled() else x.dtype)
     return least is None or x.numel() * (1 if downsample is None else GROWTH) < least
