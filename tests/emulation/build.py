@@ -26,7 +26,7 @@ from types import ModuleType
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CUDA = ROOT / "csrc" / "cuda"
-OWN = [HERE / "module.cpp", HERE / "emulation.cpp", HERE / "memory.cpp"]
+OWN = [HERE / f"{name}.cpp" for name in ("module", "emulation", "memory", "tensor_core")]
 HEADERS = ["cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h", "crt/host_config.h"]
 JOBS = 2
 SKIPPED = 77  # exit status where nothing can be built, as automake has it
