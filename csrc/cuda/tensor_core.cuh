@@ -141,17 +141,17 @@ __device__ __forceinline__ void mma(float (&)[4], const uint32_t (&)[4], const u
 // ---- tiles in shared memory
 
 // A matrix in shared memory of rows of kBytes bytes, a power of two from 64 on. The 16-byte chunks
-// of a row are exchanged by its number, so that eight rows' chunks of one column lie in different
-// banks, and the chunks of a row as well.
-template <int kBytes>
+// of a row are exchanged by its number (times kBy), so that eight rows' chunks of one column lie in
+// different banks, and the chunks of a row as well.
+template <int kBytes, int kBy = 1>
 struct Swizzled {
   static constexpr int kChunks = kBytes / kAccessBytes;
   static constexpr int kInLine = 8;  // chunks in all banks
-  static_assert(kChunks >= 4 && (kChunks & (kChunks - 1)) == 0);
+  static_assert(kChunks >= 4 && (kChunks & (kChunks - 1)) == 0 && (kChunks >= kInLine || kBy == 1));
 
   // bytes from the start to a chunk
   static __device__ __forceinline__ int at(int row, int chunk) {
-    const int by = kChunks >= kInLine ? row % kInLine : row / (kInLine / kChunks) % kChunks;
+    const int by = kChunks >= kInLine ? row * kBy % kInLine : row / (kInLine / kChunks) % kChunks;
     return row * kBytes + (chunk ^ by) * kAccessBytes;
   }
 };
