@@ -79,6 +79,16 @@ def width(name: str) -> int:
     return int(found[1]) if found else 1
 
 
+def check_tensor_cores(body: str) -> None:
+    """Tensors come and go 16 bytes at a time; what else is stored are a thread's two partial sums."""
+    assert "mma.sync" in body
+    copies = re.findall(r"cp\.async\.c[ga]\.shared\.global \[[^]]*\], \[[^]]*\], (\d+)", body)
+    assert copies and set(copies) == {"16"}
+    assert "ld.global" not in body
+    stores = Counter(re.findall(r"st\.global\.(v\d)?", body))
+    assert stores["v4"] and set(stores) <= {"v4", ""} and stores[""] <= 2, stores
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("source", sorted(CUDA.glob("*.cu")), ids=lambda p: p.stem)
 def test_codegen(source, arch, tmp_path):
@@ -90,6 +100,9 @@ def test_codegen(source, arch, tmp_path):
         directives, body = code[name]
         assert used["stack"] == 0 and used["spill"] == 0, (name, used)
         assert used["registers"] * resident_threads(directives) <= REGISTERS, (name, used)
+        if "ConvTile" in name:
+            check_tensor_cores(body)
+            continue
         if width(name) == 1 and "cast_weights" not in name:
             continue
         assert re.search(r"ld\.global(\.nc)?(\.\w+)*\.v4", body), f"{name}: no 16-byte loads"

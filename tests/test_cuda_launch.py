@@ -42,6 +42,10 @@ LAUNCHES = {
     ),
     "cuda_global_avg_pool": ((*IMAGE, SOME, SOME), r"global_avg_pool of \[2, 16, 7, 5\]"),
     "cuda_global_avg_pool_backward": ((*IMAGE, SOME, SOME), r"global_avg_pool_backward of \[2, 16, 7, 5\]"),
+    "cuda_conv_dgrad": (
+        (*IMAGE, 24, 3, SOME, SOME, SOME, SOME, SOME, SOME, 16, False) + (SOME, SOME, True, SOME, SOME, SOME),
+        r"conv_dgrad of \[2, 16, 7, 5\] by 24 filters of 3x3",
+    ),
     "cuda_cast_weights": (("bfloat16", [(SOME, SOME, 8, 3, 9)]), "cast_weights of 1 weights"),
 }
 
@@ -88,6 +92,15 @@ def test_a_launch_error_names_the_kernel_and_its_problem(name):
             r"bias_relu_maxpool of .* 2\^31 pixels",
         ),
         ("cuda_bias_relu_maxpool", {7: 0}, "z must not be null"),
+        ("cuda_conv_dgrad", {6: 5}, "the side must be 1 or 3"),
+        ("cuda_conv_dgrad", {5: 12}, "12 filters of 3x3: channels, filters .* must be multiples of 8"),
+        ("cuda_conv_dgrad", {13: 12}, "channels, filters and add's pitch must be multiples of 8"),
+        ("cuda_conv_dgrad", {8: SOME + 8}, "tensors must begin at multiples of 16 bytes"),
+        ("cuda_conv_dgrad", {2: 1 << 15, 3: 1 << 15}, "by 24 filters of 3x3 is too large for int32"),
+        ("cuda_conv_dgrad", {4: 1 << 16, 5: 1 << 16}, "is too large for int32"),
+        ("cuda_conv_dgrad", {8: 0}, "y_sums needs y and y_stats"),
+        ("cuda_conv_dgrad", {16: 0}, "x and x_stats go together"),
+        ("cuda_conv_dgrad", {18: 0}, "x_sums needs them and a workspace"),
         ("cuda_cast_weights", {0: "float32"}, "cast_weights casts to 16 bits"),
         ("cuda_cast_weights", {1: [(SOME, SOME, 0, 3, 9)]}, "a weight must not be empty"),
         ("cuda_cast_weights", {1: [(0, SOME, 8, 3, 9)]}, "weight must not be null"),

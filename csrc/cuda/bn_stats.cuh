@@ -4,22 +4,13 @@
 // is of x - pivot, the first row of x, so that a mean far from 0 costs no digits.
 #pragma once
 
-#include "rows.cuh"
+#include "sample.cuh"
 
 namespace fusedres::cuda {
 
 constexpr int kStatsInFlight = 4;
 constexpr int kStatsBlocks = 2;
 
-struct Sample {
-  float mean, m2;  // the mean, the sum of squared deviations from it
-};
-
-// Takes in `other`, whose size is `share` of both together; n is this sample's (Chan et al. 1979).
-__device__ __forceinline__ Sample merge(Sample a, Sample other, float n, float share) {
-  const float delta = other.mean - a.mean;
-  return {fmaf(delta, share, a.mean), a.m2 + other.m2 + delta * delta * (n * share)};
-}
 // Merges the first `some` of R rows into the samples of a thread's channels, of n rows so far.
 template <int W, int R, class T>
 __device__ __forceinline__ void take(Sample (&mine)[W], float& n, const Pack<T, W> (&xs)[R],

@@ -2,10 +2,19 @@
 // time, and the statistics of its columns.
 #pragma once
 
-#include "bn_stats.cuh"
 #include "conv_tile.cuh"
+#include "sample.cuh"
 
 namespace fusedres::cuda {
+
+// 16 bytes of shared memory.
+template <class T>
+__device__ __forceinline__ Pack<T, kAccessBytes / sizeof(T)> load_chunk(const unsigned char* at) {
+  const uint4 bits = load_shared(reinterpret_cast<const uint4*>(at));
+  Pack<T, kAccessBytes / sizeof(T)> pack;
+  memcpy(&pack, &bits, sizeof pack);
+  return pack;
+}
 
 // The tile in the output's dtype, kM rows of kN values.
 template <class Tile>
@@ -24,25 +33,27 @@ struct Staging {
     const int at = column * sizeof(T);
     return reinterpret_cast<Pair*>(memory + Rows::at(row, at / kAccessBytes) + at % kAccessBytes);
   }
-  // 16 bytes from each of kM rows on; chunk(row, column, address) for those that there are
+  // 16 bytes of each row in turn: chunk(row, column, address)
   template <class F>
-  __device__ __forceinline__ void for_each_chunk(int rows, int columns, F chunk) const {
+  __device__ __forceinline__ void for_each_chunk(F chunk) const {
     constexpr int kChunks = kRow / kAccessBytes;
 #pragma unroll
     for (int i = 0; i < Tile::kM * kChunks / Tile::kThreads; ++i) {
       const int at = thread + i * Tile::kThreads, row = at / kChunks, c = at % kChunks;
-      if (row < rows && c * Tile::kVector < columns) {
-        chunk(row, c * Tile::kVector, memory + Rows::at(row, c));
-      }
+      chunk(row, c * Tile::kVector, memory + Rows::at(row, c));
     }
+  }
+  // the same for those that there are
+  template <class F>
+  __device__ __forceinline__ void for_each_chunk(int rows, int columns, F chunk) const {
+    for_each_chunk([&](int row, int column, unsigned char* at) {
+      if (row < rows && column < columns) chunk(row, column, at);
+    });
   }
   // to: the tile's first value in a matrix of rows of `pitch`; after a barrier
   __device__ __forceinline__ void store_rows(T* to, int64_t pitch, int rows, int columns) const {
     for_each_chunk(rows, columns, [&](int row, int column, const unsigned char* at) {
-      const uint4 bits = load_shared(reinterpret_cast<const uint4*>(at));
-      Pack<T, Tile::kVector> pack;
-      memcpy(&pack, &bits, sizeof pack);
-      store(to + row * pitch + column, pack);
+      store(to + row * pitch + column, load_chunk<T>(at));
     });
   }
 };
@@ -69,19 +80,28 @@ __device__ __forceinline__ auto bits_of_pair(float a, float b) {
   }
 }
 
-// Calls f(i, j, row, column, a, b) for each pair of neighbouring sums of a thread: a and b are
-// references, row and column of the tile.
+template <class T>
+__device__ __forceinline__ float2 pair_of_bits(typename Word<2 * sizeof(T)>::type bits) {
+  if constexpr (sizeof(T) == 4) {
+    return {float_of_bits(bits.x), float_of_bits(bits.y)};
+  } else {
+    return Convert<T>::widen(bits);
+  }
+}
+
+// Calls f(row, column, a, b) for each pair of neighbouring sums of a thread, column by column: a
+// and b are references, row and column of the tile.
 template <class Tile, class F>
 __device__ __forceinline__ void for_each_pair(const Stand<Tile>& stand, Accumulators<Tile>& sums,
                                               F f) {
 #pragma unroll
-  for (int i = 0; i < Tile::kFragmentsM; ++i) {
+  for (int j = 0; j < Tile::kFragmentsN; ++j) {
+    const int column = stand.first_column + 8 * j + 2 * stand.member;
 #pragma unroll
-    for (int below = 0; below < 2; ++below) {
-      const int row = stand.first_row + 16 * i + stand.group + 8 * below;
+    for (int i = 0; i < Tile::kFragmentsM; ++i) {
 #pragma unroll
-      for (int j = 0; j < Tile::kFragmentsN; ++j) {
-        const int column = stand.first_column + 8 * j + 2 * stand.member;
+      for (int below = 0; below < 2; ++below) {
+        const int row = stand.first_row + 16 * i + stand.group + 8 * below;
         f(row, column, sums[i][j][2 * below], sums[i][j][2 * below + 1]);
       }
     }

@@ -17,6 +17,7 @@ from fusedres.plan.conv import (
     Conv,
     likely,
     outside_contract,
+    outside_cuda,
     outside_kernels,
 )
 
@@ -78,12 +79,14 @@ MIN_CAPABILITY = (8, 0)
 OPS = {
     "cpu": frozenset(BN_OPS + MAXPOOL_OPS),
     "triton": frozenset(BN_OPS + CONV_OPS + CONV_BIAS_OPS + STEM_OPS),
-    "cuda": frozenset(BN_OPS + MAXPOOL_OPS + AVGPOOL_OPS) | {"cast_weights"},
+    "cuda": frozenset(BN_OPS + MAXPOOL_OPS + AVGPOOL_OPS) | {"cast_weights", "conv_dgrad"},
 }
 DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # in the order of preference on a device: CUDA first, since
 # less Python stands before its launch
 CANDIDATES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+# of convolutions; Triton's are those that are measured
+CONV_CANDIDATES = {**CANDIDATES, "cuda": ("triton", "cuda")}
 # Values of an activation from which a CPU kernel pays: below, the call costs more than it saves, since
 # PyTorch's second pass finds a small tensor in the cache. From whole steps of ResNet-18 and 50 at batch
 # 1 to 16 on two cores, by dtype.
@@ -160,6 +163,8 @@ def refusal(name: str, problem: Problem, unavailable: Mapping[str, str]) -> str 
         return f"no kernel for {problem.dtype} (there are float32, bfloat16 and float16)"
     if problem.conv is not None:
         why = outside_contract(problem.conv) or outside_kernels(problem.conv)
+        if why is None and name == "cuda":
+            why = outside_cuda(problem.op, problem.conv)
         if why is not None:
             return why
     if name == "triton" and problem.interpreted:
@@ -221,14 +226,15 @@ def choose(problem: Problem, unavailable: Mapping[str, str], forced: str = "auto
     if forced != "auto":
         why = refusal(forced, problem, unavailable)
         if why is not None:
-            if forced not in unavailable and problem.op in COMPOSED - OPS[forced]:
+            if forced not in unavailable and _left_to_pytorch(forced, problem):
                 return Choice("aten", why)
             raise RuntimeError(f"backend {forced!r} can't serve {problem.op} on {problem.device}: {why}")
         return Choice(forced, "forced")
     reasons: list[str] = []
-    for name in CANDIDATES.get(problem.device, ()):
+    convolves = problem.op in CONV_OPS + CONV_BIAS_OPS + STEM_OPS
+    for name in (CONV_CANDIDATES if convolves else CANDIDATES).get(problem.device, ()):
         why = refusal(name, problem, unavailable)
-        if why is None and problem.op in CONV_OPS + CONV_BIAS_OPS + STEM_OPS:
+        if why is None and convolves:
             return _fused_or_not(name, problem)
         if why is None:
             reasons.append(f"{'next' if reasons else 'first'} choice on {problem.device}")
@@ -240,6 +246,13 @@ def choose(problem: Problem, unavailable: Mapping[str, str], forced: str = "auto
     return Choice("aten", "; ".join(reasons) or f"no kernels for {problem.device} devices")
 
 
+def _left_to_pytorch(name: str, problem: Problem) -> bool:
+    """Whether PyTorch's own serve what implementation ``name`` hasn't got: the op, or this shape of it."""
+    if problem.op not in OPS[name]:
+        return problem.op in COMPOSED
+    return name == "cuda" and problem.conv is not None and outside_cuda(problem.op, problem.conv) is not None
+
+
 def _fused_or_not(name: str, problem: Problem) -> Choice:
     """Whether ``name`` or PyTorch's own serves a convolution with what goes with it."""
     if problem.conv is not None and problem.device_name is not None:
@@ -247,4 +260,4 @@ def _fused_or_not(name: str, problem: Problem) -> Choice:
         if measured is not None:
             return Choice(measured.best, measured.reason, open=True)
     pays, why = likely(problem.op, problem.conv, problem.dtype)
-    return Choice(name if pays else "aten", why, open=True)
+    return Choice(name if pays else "aten", why, open=name == "triton")

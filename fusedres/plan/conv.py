@@ -82,6 +82,15 @@ def outside_kernels(conv: Conv) -> str | None:
     return None
 
 
+def outside_cuda(op: str, conv: Conv) -> str | None:
+    """Why the CUDA kernels don't take a shape that Triton's take; None if they do."""
+    if conv.ieee:
+        return "the CUDA convolutions multiply float32 as TF32, which torch.backends.cudnn.allow_tf32 forbids"
+    if op == "conv_dgrad" and conv.stride != 1:
+        return f"the CUDA conv_dgrad is of stride 1, got {conv.stride}"
+    return None
+
+
 def predicted(op: str, conv: Conv, dtype: str) -> tuple[float, float]:
     """Seconds on an H100 of the fused kernel and of PyTorch's convolution with its batch-norm passes.
 

@@ -9,6 +9,7 @@ from fusedres.kernels.cuda.batch_norm import (
     bn_update_running_,
 )
 from fusedres.kernels.cuda.cast_weights import cast_weights
+from fusedres.kernels.cuda.conv_dgrad import conv_dgrad
 from fusedres.kernels.cuda.pools import (
     bias_relu_maxpool,
     bn_relu_maxpool,
@@ -30,6 +31,7 @@ __all__ = [
     "bn_stats",
     "bn_update_running_",
     "cast_weights",
+    "conv_dgrad",
     "global_avg_pool",
     "global_avg_pool_backward",
 ]
