@@ -106,7 +106,7 @@ def swept(
     """A row for each point, up to one that can't be measured."""
     before: tuple[Point, Row] | None = None
     for point in points:
-        start = time.monotonic()
+        start, load = time.monotonic(), os.getloadavg()[0]
         why = before and _too_large(point, *before, device)
         row, why = (None, why) if why else _bench(point | common, limit)
         if row is None:
@@ -118,7 +118,8 @@ def swept(
             date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             yield {"sweep": name, "left_out": why, "date": date, **facts}
             return
-        yield {"sweep": name, "seconds": round(time.monotonic() - start, 1), **row}
+        facts = {"cores": os.cpu_count(), "load_before": load, "seconds": round(time.monotonic() - start, 1)}
+        yield {"sweep": name, **facts, **row}
         before = point, row
 
 

@@ -211,7 +211,7 @@ def sweep_lines(sweep: str, settings: list[dict[str, Any]], **facts: Any) -> lis
     """Of a scaling file: one run with other settings, ever slower."""
     lines = []
     for index, changed in enumerate(settings, 1):
-        record = read(EPYC / "resnet50-bf16.json") | {"sweep": sweep}
+        record = read(EPYC / "resnet50-bf16.json") | {"sweep": sweep, "cores": 2, "load_before": 2.0 * index}
         record["settings"] |= changed
         record["machine"] |= facts
         for side in record["results"][0]["implementations"].values():
@@ -243,6 +243,7 @@ def test_curves_of_a_scaling_file(tmp_path, capsys):
     # the points of curves are no bars of their own, nor do they take the place of a run by itself
     assert len(page.marks("speed-train")) == len(sides)
     assert any("batch 256, train, and what is larger was not measured" in text for text in page.text["p"])
+    assert any("Of scaling.jsonl 3 of 7 points were measured while" in text for text in page.text["p"])
     err = capsys.readouterr().err
     assert "point 6 can't be read (KeyError: 'machine')" in err and "is cut short or damaged" in err
 

@@ -36,6 +36,7 @@ def test_a_point_is_a_run_of_bench(tmp_path, monkeypatch):
     arguments = ["--mode", "inference", "--dtype", "fp32", "--rounds", "1", "--out", str(out)]
     assert scaling.main(arguments, lambda model, batch: {"cifar": points}) == 0
     (row,) = map(json.loads, out.read_text().splitlines())
+    assert row["load_before"] >= 0 < row["cores"]
     assert row["sweep"] == "cifar" and row["settings"]["model"] == "resnet8"
     assert row["command"].startswith("fusedres bench --model=resnet8 --batch=2 ")
     (machine,) = load.load([out]).machines.values()

@@ -27,6 +27,7 @@ _PARTS = {"training step": "train", "inference": "inference"}
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 PEER = "peer"
 _NANO = 1e-9
+_BUSY = 1.5  # processes that run or wait, for each core: a sweep itself makes one
 
 
 def role_of(name: str) -> str:
@@ -54,14 +55,22 @@ def bench(data: Record, path: Path, into: Results) -> None:
 
 def scaling(lines: Sequence[Record], path: Path, into: Results) -> None:
     """``benchmarks/scaling.py``: a line of ``fusedres bench`` for each point, or why there is none."""
+    busy: list[str] = []
     for number, line in enumerate(lines, 1):
         try:
             if "left_out" in line:
                 _left_out(line, into)
             else:
                 _add_bench(line, path, into, line["sweep"])
+                if line["load_before"] > _BUSY * line["cores"]:
+                    busy.append(line["machine"]["device_name"])
         except (KeyError, TypeError, AttributeError) as error:
             into.problems.append(f"{path}: point {number} can't be read ({type(error).__name__}: {error})")
+    for name in dict.fromkeys(busy):
+        into.machine(name).notes.append(
+            f"Of {path.name} {busy.count(name)} of {len(lines)} points were measured while the machine had "
+            "other work: their times are too long, on both sides."
+        )
     dates = sorted(str(line.get("date", ""))[:10] for line in lines)
     into.sources.append(Source(path, "scaling", dates[-1], "python benchmarks/scaling.py"))
 
