@@ -88,7 +88,7 @@ def make(block: Block, dtype: torch.dtype, backward: bool, batch: int, device: t
 
 
 def title(block: Block, dtype: torch.dtype, backward: bool, batch: int) -> str:
-    return f"{block} {'forward+backward' if backward else 'forward'}, batch {batch}, {BITS[dtype]}"
+    return f"{block}, {BITS[dtype]}, batch {batch}, {'forward+backward' if backward else 'forward'}"
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -82,7 +82,7 @@ def test_model(model: str, dtype: torch.dtype, mode: str, side: str, measure, de
         fused.load_state_dict(plain.state_dict())
         return case(model, plain, fused, batch, mode)
 
-    measure(f"{model} {mode}, batch {BATCH}, {BITS[dtype]}", side, make)
+    measure(f"{model}, {BITS[dtype]}, batch {BATCH}, {mode}", side, make)
 
 
 @pytest.mark.parametrize("side", [FUSED, EAGER])
@@ -98,4 +98,4 @@ def test_converted(dtype: torch.dtype, mode: str, side: str, measure, device) ->
         workload.prepare(plain, batch.images)
         return case("resnet50", plain, fusedres.convert(copy.deepcopy(plain)), batch, mode, (FUSED, EAGER))
 
-    measure(f"converted resnet50 {mode}, batch 1, {BITS[dtype]}", side, make)
+    measure(f"converted resnet50, {BITS[dtype]}, batch 1, {mode}", side, make)

@@ -87,7 +87,7 @@ def _observe(layer: Layer, inputs: Inputs, grad: Tensor | None) -> tuple[Inputs,
 
 def title(op: str, layer: object, backward: bool, dtype: torch.dtype) -> str:
     way = "forward+backward" if backward else "forward"
-    return f"{op} {way}, {layer}, batch {BATCH}, {BITS[dtype]}"
+    return f"{op} {layer}, {BITS[dtype]}, batch {BATCH}, {way}"
 
 
 def name_of(dtype: torch.dtype) -> str:

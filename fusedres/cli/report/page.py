@@ -59,7 +59,7 @@ def _lead(machines: Sequence[Machine]) -> str:
             ratios = [
                 side.ratio
                 for each in machine.comparisons
-                if each.mode == mode
+                if each.mode == mode and not each.sweep
                 for side in each.sides
                 if side.name == FUSED and side.ratio is not None
             ]
