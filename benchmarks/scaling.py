@@ -153,7 +153,7 @@ def _bench(point: Point, limit: float) -> tuple[Row | None, str | None]:
     options = [f"--{name}={value}" for name, value in point.items()]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bench.json"
-        command = [sys.executable, "-m", "fusedres", "bench", *options, "--json", str(file)]
+        command = [sys.executable, "-P", "-m", "fusedres", "bench", *options, "--json", str(file)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
