@@ -45,20 +45,20 @@ _MOST_WRONG = 10  # named in the summary of a part
 
 # in order; the seconds add up to less than TOTAL
 PARTS = {
-    "correct": Part(gpu_check_net.correct, 85, gpu_check_net.show_correct),
+    "correct": Part(gpu_check_net.correct, 80, gpu_check_net.show_correct),
     "copy": Part(gpu_check_ops.copy, 15, gpu_check_ops.show_copy),
     # what it finds stays on disk: the parts behind it run with that
-    "autotune": Part(gpu_check_convs.tune, 70, gpu_check_convs.show_tune),
-    "train": Part(gpu_check_net.train, 55, gpu_check_net.show_train),
-    "inference": Part(gpu_check_inference.inference, 45, gpu_check_inference.show_inference),
-    "convs": Part(gpu_check_convs.convs, 30, gpu_check_convs.show_convs),
-    "ops": Part(gpu_check_ops.ops, 25, gpu_check_ops.show_ops),
-    "compile": Part(gpu_check_net.compiled, 70, gpu_check_net.show_train),
-    "frozen": Part(gpu_check_inference.frozen, 45, gpu_check_inference.show_inference),
-    "graph": Part(gpu_check_net.graph, 10, gpu_check_net.show_graph),
+    "autotune": Part(gpu_check_convs.tune, 60, gpu_check_convs.show_tune),
+    "train": Part(gpu_check_net.train, 50, gpu_check_net.show_train),
+    "inference": Part(gpu_check_inference.inference, 40, gpu_check_inference.show_inference),
+    "convs": Part(gpu_check_convs.convs, 35, gpu_check_convs.show_convs),
+    "ops": Part(gpu_check_ops.ops, 30, gpu_check_ops.show_ops),
+    "compile": Part(gpu_check_net.compiled, 65, gpu_check_net.show_train),
+    "frozen": Part(gpu_check_inference.frozen, 40, gpu_check_inference.show_inference),
+    "graph": Part(gpu_check_net.graph, 15, gpu_check_net.show_graph),
     "jax": Part(gpu_check_jax.jax_nets, 40, gpu_check_jax.show_jax),
-    "sanitizer": Part(gpu_check_sanitizer.sanitizer, 25, gpu_check_sanitizer.show_sanitizer),
-    "figures": Part(gpu_check_figures.figures, 10, gpu_check_figures.show_figures),
+    "sanitizer": Part(gpu_check_sanitizer.sanitizer, 30, gpu_check_sanitizer.show_sanitizer),
+    "figures": Part(gpu_check_figures.figures, 25, gpu_check_figures.show_figures),
 }
 # what a part runs in a process of its own again
 WITHIN = {gpu_check_sanitizer.RUN: Part(gpu_check_sanitizer.kernels, 0)}
