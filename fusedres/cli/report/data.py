@@ -177,6 +177,11 @@ class Results:
         return self.machines.setdefault(name, Machine(name))
 
 
+def threads_title(count: int | None) -> str | None:
+    """ "2 threads"; None where they say nothing, as on a GPU."""
+    return None if count is None else f"{count} thread{'s' * (count > 1)}"
+
+
 def net_title(name: str) -> str:
     """ "ResNet-50" for "resnet50", "CIFAR ResNet-20" for "resnet20"."""
     title = f"ResNet-{name.removeprefix('resnet')}" if name.startswith("resnet") else name

@@ -17,6 +17,7 @@ from fusedres.cli.report.data import (
     Machine,
     Side,
     net_title,
+    threads_title,
 )
 from fusedres.cli.report.drawing import Drawing
 from fusedres.cli.roofline import LEVELS, passes
@@ -69,12 +70,12 @@ def sorted_comparisons(machine: Machine, mode: str) -> list[Comparison]:
 
 def title_of(each: Comparison, machine: Machine) -> str:
     """With what differs among the runs on a machine."""
-    of_mode = [other for other in machine.comparisons if other.mode == each.mode]
+    of_mode = [o for o in machine.comparisons if (o.mode, o.sweep) == (each.mode, each.sweep)]
     more = ""
     if len({other.image_size for other in of_mode}) > 1 and each.image_size:
         more += f", {each.image_size} px"
     if len({other.threads for other in of_mode}) > 1 and each.threads:
-        more += f", {each.threads} threads"
+        more += f", {threads_title(each.threads)}"
     if each.sweep:
         more += ", of a curve"
     return each.title + more
@@ -253,7 +254,9 @@ def _curve_figure(one: Comparison, varied: Varied, measure: str, unit: str, line
     title = f"{MODES[one.mode]}: {measure} by {varied.name}"
     where = varied.where(one)
     name = re.sub(r"[^a-z0-9]+", "-", f"{title} {where}".lower())
-    return Figure(name, title, f"{where}. Less is better.", charts.curves(title, lines, varied.unit, unit))
+    threads = None if varied.name == "threads" else threads_title(one.threads)
+    caption = ", ".join(part for part in (where, threads) if part)
+    return Figure(name, title, f"{caption}. Less is better.", charts.curves(title, lines, varied.unit, unit))
 
 
 def _curves(

@@ -16,6 +16,7 @@ from fusedres.cli.report.data import (
     Results,
     Side,
     Source,
+    threads_title,
 )
 from fusedres.plan import Conv, traffic
 from fusedres.plan.conv import PEAK
@@ -41,10 +42,6 @@ def _versions(record: Record) -> list[str]:
     versions = record["versions"]
     names = ("fusedres", "torch", "torchvision", "triton")
     return [f"{name} {versions[name]}" for name in names if versions.get(name)]
-
-
-def _threads(count: int | None) -> str | None:
-    return None if count is None else f"{count} thread{'s' * (count > 1)}"
 
 
 def bench(data: Record, path: Path, into: Results) -> None:
@@ -107,7 +104,7 @@ def _add_bench(data: Record, path: Path, into: Results, sweep: str = "") -> None
         )
     machine = into.machine(facts["device_name"])
     machine.comparisons += found
-    threads = _threads(facts["threads"]) if on_cpu and not sweep else None
+    threads = threads_title(facts["threads"]) if on_cpu and not sweep else None
     machine.say(threads, *_versions(data), data["date"][:10])
 
 
@@ -144,7 +141,7 @@ def quantize(data: Record, path: Path, into: Results) -> None:
     )
     machine = into.machine(data["machine"]["device_name"])
     machine.quantised.append(found)
-    machine.say(_threads(data["machine"]["threads"]), *_versions(data), data["date"][:10])
+    machine.say(threads_title(data["machine"]["threads"]), *_versions(data), data["date"][:10])
     into.sources.append(Source(path, "fusedres quantize", data["date"][:10], data["command"]))
 
 
@@ -166,7 +163,7 @@ def pytest_benchmark(data: Record, path: Path, into: Results) -> None:
         ratio = ratios.pop(FUSED)
         found.append(OpTime(group, ratio, gbps, path, tuple(ratios.items()), info["share_of_roofline"]))
         machine = into.machine(info["device"])
-        machine.say(_threads(info["threads"]), *_versions(info), date)
+        machine.say(threads_title(info["threads"]), *_versions(info), date)
     if machine is None:
         raise ValueError("no group of it has a fused and an eager time")
     machine.ops += found
