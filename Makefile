@@ -71,6 +71,7 @@ matrix:
 
 bench: .venv/ready
 	$(BIN)/python -m pytest benchmarks --benchmark-only --full --benchmark-autosave
+	$(BIN)/python benchmarks/scaling.py --out .benchmarks/scaling.jsonl
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

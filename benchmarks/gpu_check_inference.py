@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,12 +22,23 @@ _TOLERANCE = 2.0  # of eager's own error
 
 def inference(check: Check) -> None:
     """Images a second of a large batch and milliseconds of one image, against the converted model."""
+    _inference(check, ("auto", "triton"), (_large(check), 1))
+    for key, measured in plan.MEASURED.items():
+        if key.op == "conv_bias_act":
+            check.record("choice", conv=list(key.conv), dtype=key.dtype, best=measured.best, us=measured.us)
+
+
+def frozen(check: Check) -> None:
+    """The same against torch.compile with freezing: by itself, since that may take long to compile."""
+    _inference(check, ("auto", "compile"), (_large(check),))
+
+
+def _inference(check: Check, names: Sequence[str], batches: Sequence[int]) -> None:
     device = torch.device(check.device)
     net, dtype = _MODELS[check.tiny], torch.float32 if check.tiny else torch.bfloat16
     model, origin = eager.build(net)
     model.to(device)
     size = 64 if check.tiny else 224
-    batches = (2, 1) if check.tiny else (256 if _is_large(device) else 64, 1)
     workload.prepare(model, torch.randn(8, 3, size, size, device=device))
     model.eval()
     ours = getattr(fusedres, net)().to(device).eval()
@@ -34,35 +46,46 @@ def inference(check: Check) -> None:
     for batch in batches:
         images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
         facts = {"model": net, "batch": batch, "dtype": str(dtype).removeprefix("torch."), "eager": origin}
-        _measure(check, model, ours, images, dtype, facts)
-    for key, measured in plan.MEASURED.items():
-        if key.op == "conv_bias_act":
-            check.record("choice", conv=list(key.conv), dtype=key.dtype, best=measured.best, us=measured.us)
+        _measure(check, names, model, ours, images, dtype, facts)
 
 
-def _is_large(device: torch.device) -> bool:
-    return torch.cuda.get_device_properties(device).total_memory >= _LEAST_MEMORY
+def _large(check: Check) -> int:
+    if check.tiny:
+        return 2
+    return 256 if torch.cuda.get_device_properties(check.device).total_memory >= _LEAST_MEMORY else 64
 
 
 @torch.inference_mode()
 def _measure(
-    check: Check, model: nn.Module, ours: nn.Module, images: Tensor, dtype: torch.dtype, facts: Record
+    check: Check,
+    names: Sequence[str],
+    model: nn.Module,
+    ours: nn.Module,
+    images: Tensor,
+    dtype: torch.dtype,
+    facts: Record,
 ) -> None:
     converted = copy.deepcopy(model).to(dtype).to(memory_format=torch.channels_last)
     expected = copy.deepcopy(model).double()(images[:8].double())
     given = images.to(dtype)
     allowed = _TOLERANCE * _error(converted(given[:8]), expected) + torch.finfo(dtype).eps
     steps: dict[str, Step] = {"eager": lambda: converted(given)}
-    for name in ("auto", "triton"):
+    for name in names:
         if name == "triton" and (check.device == "cpu" or name in kernels.unavailable()):
             check.record(
                 "not measured", implementation=name, reason=kernels.unavailable().get(name, "no GPU")
             )
             continue
         try:
-            steps[name] = _side(ours, given, dtype, name)
-            error = _error(_side_logits(ours, given[:8], dtype, name), expected)
-        except Exception as failure:
+            if name == "compile":
+                side = _compiled(converted, given, check.tiny)
+                steps[name], logits = (lambda side=side: side(given)), side(given)[:8]
+            else:
+                steps[name] = _side(ours, given, dtype, name)
+                logits = _side_logits(ours, given[:8], dtype, name)
+            error = _error(logits, expected)
+        except Exception as failure:  # torch.compile needs a compiler, to begin with
+            steps.pop(name, None)
             check.record("first call", ok=False, implementation=name, error=str(failure).strip()[:300])
             continue
         wrong = None if error <= allowed else f"relative error {error:.2e}, allowed {allowed:.2e}"
@@ -81,6 +104,16 @@ def _measure(
             ratio_to_eager=samples["eager"].median_ms / ms,
             peak_bytes=measure.peak_bytes(step, images.device),
         )
+
+
+def _compiled(model: nn.Module, given: Tensor, tiny: bool) -> Any:
+    """Its first call is done; tiny runs the logic, and needs no compiler."""
+    from torch._inductor import config
+
+    with config.patch(freezing=True):
+        side = torch.compile(model, backend="aot_eager" if tiny else "inductor")
+        side(given)
+    return side
 
 
 def _side(model: nn.Module, given: Tensor, dtype: torch.dtype, backend: str) -> Step:

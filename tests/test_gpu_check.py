@@ -64,6 +64,17 @@ def test_a_report_shows_it(tiny):
     assert machine.ops and machine.notes
 
 
+def test_figures_lie_beside_the_results(tiny):
+    folder, records, _ = tiny
+    (page,) = [record for record in records if record["name"] == "page"]
+    html = (folder / "report.html").read_text()
+    assert html.count("<figure") == page["figures"] > 3
+    pngs = [record["files"] for record in records if record["name"] == "PNGs"]
+    assert [sorted(path.name for path in folder.glob("*.png"))] == (pngs or [[]])
+    if pngs:
+        assert len(pngs[0]) == page["figures"]
+
+
 def test_what_is_measured(tiny):
     _, records, _ = tiny
     by = {part: [r for r in records if r["part"] == part] for part in gpu_check.PARTS}
@@ -89,6 +100,8 @@ def test_what_is_measured(tiny):
         r["implementation"]: r["fused_convolution_share"] for r in by["train"] if r["name"] == "breakdown"
     }
     assert shares.keys() == sides["train"] and shares["eager"] == 0 < shares["reference"] <= 1
+    frozen = {r["implementation"] for r in by["frozen"] if r["name"] == "inference"}
+    assert frozen == {"auto", "eager", "compile"}
     assert not [record for record in by["compile"] if record["name"] == "breakdown"]
     first = [record for record in by["train"] if record["name"] == "first step"]
     for record in first:
