@@ -2,10 +2,19 @@
 // time, and the statistics of its columns.
 #pragma once
 
-#include "bn_stats.cuh"
 #include "conv_tile.cuh"
+#include "samples.cuh"
 
 namespace fusedres::cuda {
+
+// 16 bytes from shared to global memory.
+template <class T>
+__device__ __forceinline__ void store_chunk(T* to, const unsigned char* at) {
+  const uint4 bits = load_shared(reinterpret_cast<const uint4*>(at));
+  Pack<T, kAccessBytes / sizeof(T)> pack;
+  memcpy(&pack, &bits, sizeof pack);
+  store(to, pack);
+}
 
 // The tile in the output's dtype, kM rows of kN values.
 template <class Tile>
@@ -28,7 +37,7 @@ struct Staging {
   template <class F>
   __device__ __forceinline__ void for_each_chunk(int rows, int columns, F chunk) const {
     constexpr int kChunks = kRow / kAccessBytes;
-#pragma unroll
+#pragma unroll 4  // in flight; all at once would take more registers
     for (int i = 0; i < Tile::kM * kChunks / Tile::kThreads; ++i) {
       const int at = thread + i * Tile::kThreads, row = at / kChunks, c = at % kChunks;
       if (row < rows && c * Tile::kVector < columns) {
@@ -36,13 +45,18 @@ struct Staging {
       }
     }
   }
+  // Starts copies of a matrix's rows to where theirs are here; zeros for what isn't there.
+  __device__ __forceinline__ void copy_rows(const T* from, int64_t pitch, int rows,
+                                            int columns) const {
+    for_each_chunk(Tile::kM, Tile::kN, [&](int row, int column, unsigned char* at) {
+      const bool there = row < rows && column < columns;
+      copy_async(at, from + (there ? row * pitch + column : 0), there);
+    });
+  }
   // to: the tile's first value in a matrix of rows of `pitch`; after a barrier
   __device__ __forceinline__ void store_rows(T* to, int64_t pitch, int rows, int columns) const {
     for_each_chunk(rows, columns, [&](int row, int column, const unsigned char* at) {
-      const uint4 bits = load_shared(reinterpret_cast<const uint4*>(at));
-      Pack<T, Tile::kVector> pack;
-      memcpy(&pack, &bits, sizeof pack);
-      store(to + row * pitch + column, pack);
+      store_chunk(to + row * pitch + column, at);
     });
   }
 };
@@ -69,7 +83,19 @@ __device__ __forceinline__ auto bits_of_pair(float a, float b) {
   }
 }
 
-// Calls f(i, j, row, column, a, b) for each pair of neighbouring sums of a thread: a and b are
+template <class T>
+__device__ __forceinline__ void add_pair(float& a, float& b, uint2 bits) {
+  a += float_of_bits(bits.x);
+  b += float_of_bits(bits.y);
+}
+template <class T>
+__device__ __forceinline__ void add_pair(float& a, float& b, uint32_t bits) {
+  const float2 two = Convert<T>::widen(bits);
+  a += two.x;
+  b += two.y;
+}
+
+// Calls f(row, column, a, b) for each pair of neighbouring sums of a thread: a and b are
 // references, row and column of the tile.
 template <class Tile, class F>
 __device__ __forceinline__ void for_each_pair(const Stand<Tile>& stand, Accumulators<Tile>& sums,
@@ -152,11 +178,17 @@ __device__ __forceinline__ void put_samples(Sample* samples, const Stand<Tile>& 
   halved(std::integral_constant<int, N / 2>{}, sample_of_column, 16);
   halved(std::integral_constant<int, N / 4>{}, own, 8);
   halved(std::integral_constant<int, N / 8>{}, own, 4);
-#pragma unroll
-  for (int k = 0; k < N / 8; ++k) {
-    const int at = stand.group * (N / 8) + k;
-    const int column = stand.first_column + at / 2 * 8 + 2 * stand.member + at % 2;
-    store_shared(samples + stand.warp_m * Tile::kN + column, mine[k]);
+  // an eighth: one column, or two neighbours, which are stored together for the banks' sake
+  constexpr int kOwn = N / 8;
+  static_assert(kOwn == 1 || kOwn == 2);
+  const int at = stand.group * kOwn;
+  const int column = stand.first_column + at / 2 * 8 + 2 * stand.member + at % 2;
+  Sample* const to = samples + stand.warp_m * Tile::kN + column;
+  if constexpr (kOwn == 1) {
+    store_shared(to, mine[0]);
+  } else {
+    store_shared(reinterpret_cast<float4*>(to),
+                 float4{mine[0].mean, mine[0].m2, mine[1].mean, mine[1].m2});
   }
 }
 

@@ -8,7 +8,9 @@ from fusedres.kernels.cuda.batch_norm import (
     bn_stats,
     bn_update_running_,
 )
+from fusedres.kernels.cuda.bottleneck_infer import bottleneck_infer
 from fusedres.kernels.cuda.cast_weights import cast_weights
+from fusedres.kernels.cuda.conv import conv_bias_act, conv_fwd
 from fusedres.kernels.cuda.pools import (
     bias_relu_maxpool,
     bn_relu_maxpool,
@@ -29,7 +31,10 @@ __all__ = [
     "bn_running_stats",
     "bn_stats",
     "bn_update_running_",
+    "bottleneck_infer",
     "cast_weights",
+    "conv_bias_act",
+    "conv_fwd",
     "global_avg_pool",
     "global_avg_pool_backward",
 ]
