@@ -1,18 +1,16 @@
 // The CUDA ops' part of the compiled module: addresses and sizes from Python to the launchers.
+#include "bindings_cuda.h"
+
 #include <pybind11/stl.h>
 
 #include <tuple>
 #include <vector>
-
-#include "bindings.h"
-#include "cuda/ops.h"
 
 namespace py = pybind11;
 
 namespace fusedres {
 namespace {
 
-using cuda::Device;
 using cuda::DType;
 using cuda::Image;
 using std::string;
@@ -32,18 +30,6 @@ Image image(int64_t n, int64_t height, int64_t width, int64_t channels) {
     throw std::invalid_argument("an image must not be empty");
   }
   return {n, height, width, channels};
-}
-
-// What every op ends with: the device's multiprocessors and the stream.
-Device device(int multiprocessors, uintptr_t stream) {
-  if (multiprocessors < 1) throw std::invalid_argument("a device has at least 1 multiprocessor");
-  return {at<void>(stream), multiprocessors};
-}
-
-// An address that an op can't do without.
-template <class T>
-T* to(const char* name, uintptr_t address) {
-  return at<T>(needed(name, address));
 }
 
 void check_branch(uintptr_t residual, uintptr_t residual_stats) {
@@ -228,6 +214,7 @@ void bind_cuda(py::module_& m) {
                            static_cast<int64_t>(weights.size()), device(multiprocessors, stream));
       },
       nogil());
+  bind_cuda_conv(m);
 }
 
 }  // namespace fusedres

@@ -109,18 +109,14 @@ def multiprocessors(gpu_backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
         yield use
         config.divide.cache_clear()
         return
-    from fusedres.kernels import cuda
-
-    caches = (cuda._workspace_size, cuda._maxpool_workspace_size)
+    from fusedres.kernels.cuda import launch
 
     def use(count: int) -> None:
-        monkeypatch.setattr(cuda, "_multiprocessors", lambda device: count)
-        for cache in caches:
-            cache.cache_clear()
+        monkeypatch.setattr(launch, "multiprocessors", lambda device: count)
+        launch.forget_sizes()
 
     yield use
-    for cache in caches:
-        cache.cache_clear()
+    launch.forget_sizes()
 
 
 @pytest.fixture(params=["emulated"] if EMULATED else ["reference", *ISAS, *_on_a_gpu()])

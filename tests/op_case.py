@@ -92,6 +92,17 @@ def arguments(name, dtype=torch.float32, layout="channels_last"):
             (x, square, None, activation((2, 6, 4, 3), dtype, layout), False, 1),
             (x, filters, None, None, True, 1),
         ],
+        "bottleneck_infer": [
+            (
+                x,
+                activation((4, 5, 1, 1), dtype, layout),
+                torch.randn(4),
+                activation((4, 4, 3, 3), dtype, layout),
+                torch.randn(4),
+                activation((5, 4, 1, 1), dtype, layout),
+                torch.randn(5),
+            )
+        ],
         "stem_conv": [
             (photo, stem, torch.randn(4), torch.randn(4), 1e-5, True, dtype),
             (photo.float(), stem.float(), None, None, 1e-5, False, small),

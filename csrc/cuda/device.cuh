@@ -34,12 +34,42 @@ __device__ __forceinline__ float float_of_bits(uint32_t bits) {
 #endif
 }
 
+__device__ __forceinline__ uint32_t bits_of_float(float value) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+// The same value, but what is computed from it is computed where it stands: a compiler would
+// otherwise keep a loop's addresses in registers from before the loop on.
+__device__ __forceinline__ int right_here(int value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // a / b to 2 ulps, without the slow path of a rounded division.
 __device__ __forceinline__ float divide(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fdividef(a, b);
 #else
   return a / b;
+#endif
+}
+
+// The larger of both; NaN if one is, as relu(NaN) is NaN.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#else
+  return a > b || a != a ? a : b;
 #endif
 }
 

@@ -19,6 +19,7 @@ namespace fusedres::cuda {
 
 struct Grid {
   dim3 grid, block;
+  int shared_bytes = 0;  // dynamic shared memory of a block
 };
 
 // Runs kernel(arguments...) on a grid; `problem` is what the error says of it.
@@ -26,12 +27,21 @@ template <class... Parameters, class... Arguments>
 void launch(const char* name, const std::string& problem, const Grid& g, void* stream,
             void (*kernel)(Parameters...), Arguments... arguments) {
 #if defined(__CUDACC__)
-  kernel<<<g.grid, g.block, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  const cudaError_t error = cudaGetLastError();
+  constexpr int kFree = 48 * 1024;  // shared memory that a kernel gets without asking
+  cudaError_t error = cudaSuccess;
+  if (g.shared_bytes > kFree) {
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, g.shared_bytes);
+  }
+  if (error == cudaSuccess) {
+    kernel<<<g.grid, g.block, g.shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  }
+  if (const cudaError_t last = cudaGetLastError(); error == cudaSuccess) error = last;
   const char* reason = error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 #else
   static_cast<void>(stream);
-  const char* reason = emulation::launch(g.grid, g.block, [&] { kernel(arguments...); });
+  const char* reason =
+      emulation::launch(g.grid, g.block, g.shared_bytes, [&] { kernel(arguments...); });
 #endif
   if (reason != nullptr) {
     throw std::runtime_error(std::string(name) + " of " + problem + " was not launched: " + reason);

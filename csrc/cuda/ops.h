@@ -79,6 +79,34 @@ void global_avg_pool(DType, Image, const void* x, void* out, Device);
 // grad [n, channels] -> dx
 void global_avg_pool_backward(DType, Image, const void* grad, void* dx, Device);
 
+// A convolution of images [n, height, width, channels] by filters [filters, side, side, channels]:
+// side 1, or 3 padded by 1; stride 1 or 2; channels and filters multiples of 8, everything at a
+// multiple of 16 bytes. float32 is rounded to TF32.
+struct Conv {
+  int64_t n, height, width, channels, filters;
+  int side, stride;
+};
+// y = conv(relu(x * scale + shift)) and y's stats: x -> y; without stats conv(x), without y_stats
+// none of y's. Needs conv_fwd_workspace floats of scratch memory for y_stats.
+int64_t conv_fwd_workspace(DType, Conv, int multiprocessors);
+void conv_fwd(DType, Conv, const void* x, const float* stats, bool relu, const void* weight,
+              const float* norm_weight, const float* norm_bias, float eps, float* workspace,
+              void* y, float* y_stats, Device);
+// z = relu(conv(x) + bias + residual): x (, residual) -> z
+void conv_bias_act(DType, Conv, const void* x, const void* weight, const float* bias,
+                   const void* residual, bool relu, void* z, Device);
+
+// A residual block of a trained net, of images [n, height, width, channels]: 1x1, 3x3 and 1x1 of
+// stride 1 with `inner` channels in between, 64 or 128; channels a multiple of 128; 16-bit
+// activations; everything at a multiple of 16 bytes.
+struct Bottleneck {
+  int64_t n, height, width, channels, inner;
+};
+// z = relu(conv3(relu(conv2(relu(conv1(x) + bias1)) + bias2)) + bias3 + x): x -> z
+void bottleneck_infer(DType, Bottleneck, const void* x, const void* weight1, const float* bias1,
+                      const void* weight2, const float* bias2, const void* weight3,
+                      const float* bias3, void* z, Device);
+
 // A float32 weight [outer, inner, taps] (taps = 1: already in the order it shall have) and where
 // its cast goes, [outer, taps, inner] (channels_last).
 struct Weight {

@@ -1,4 +1,4 @@
-"""Layers on a GPU: our Triton kernels or cuDNN's fused convolutions, whichever is measured faster."""
+"""Layers on a GPU: our kernels or cuDNN's fused convolutions, whichever is measured faster."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres import autotune, ops
+from fusedres import autotune, ops, plan
 from fusedres.inference.bound import Bound
 from fusedres.inference.layers import ConvBiasAct, Stem
 from fusedres.inference.pool import pool
@@ -32,13 +32,15 @@ def bind_conv(layer: ConvBiasAct, x: Tensor, residual: Tensor | None, prepared: 
         return bound.run(*tensors, *bound.constants)
 
     conv = ops.conv_shape(x, layer.weight, layer.stride[0], pending=False, residual=residual is not None)
-    bound = kernel if autotune.fused("conv_bias_act", x, conv, run) else library
-    return bound._replace(reason=_reason("conv_bias_act", x, conv))
+    if not autotune.fused("conv_bias_act", x, conv, run):
+        return library._replace(reason=_choice("conv_bias_act", x, conv).reason)
+    implementation, reason, _ = _choice("conv_bias_act", x, conv)
+    return kernel._replace(implementation=implementation, reason=reason)
 
 
 def bind_stem(layer: Stem, x: Tensor, prepared: Prepared) -> Bound:
     """Likewise; a bias waits for the pass over the convolution's output that finds the maxima."""
-    weight, bias = _channels_last(layer, prepared), _float32_bias(layer, prepared)
+    weight, bias = channels_last(layer, prepared), float32_bias(layer, prepared)
     fits = all(getattr(layer, name) == value for name, value in _STEM.items())
     if not fits or tuple(weight.shape[1:]) != (3, 7, 7):
         bound = bind_conv(layer, x, None, prepared)
@@ -56,11 +58,12 @@ def bind_stem(layer: Stem, x: Tensor, prepared: Prepared) -> Bound:
     def stem(x: Tensor) -> Tensor:
         return pool(conv(x, fused), bias)
 
-    return Bound(stem, (), "triton" if fused else "cudnn", _reason("stem_conv", x, shape))
+    implementation, reason, _ = _choice("stem_conv", x, shape)
+    return Bound(stem, (), implementation if fused else "cudnn", reason)
 
 
-def _reason(op: str, x: Tensor, conv: Any) -> str:
-    return ops.choice(op, x.device, x.dtype, ops.forced_backend(), conv).reason
+def _choice(op: str, x: Tensor, conv: Any) -> plan.Choice:
+    return ops.choice(op, x.device, x.dtype, ops.forced_backend(), conv)
 
 
 def _kernel(layer: ConvBiasAct, prepared: Prepared) -> Bound | None:
@@ -75,18 +78,18 @@ def _kernel(layer: ConvBiasAct, prepared: Prepared) -> Bound | None:
         or layer.groups != 1
     ):
         return None
-    weight, bias = _channels_last(layer, prepared), _float32_bias(layer, prepared)
+    weight, bias = channels_last(layer, prepared), float32_bias(layer, prepared)
     op = _OPS.conv_bias_act.default
 
     def run(x: Tensor, *residual: Tensor) -> Tensor:
         return op(x, weight, bias, residual[0] if residual else None, layer.relu, stride)  # type: ignore[no-any-return]
 
-    return Bound(run, (), "triton")
+    return Bound(run)
 
 
 def _library(layer: ConvBiasAct, residual: bool, prepared: Prepared) -> Bound:
     """cuDNN's convolution with as much behind it as cuDNN has; it has no addition without a ReLU."""
-    weight = _channels_last(layer, prepared)
+    weight = channels_last(layer, prepared)
     bias = None if layer.bias is None else layer.bias.detach()
     sizes: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
     if layer.relu and weight.is_cuda and weight.dtype != torch.float64:
@@ -104,7 +107,7 @@ def _library(layer: ConvBiasAct, residual: bool, prepared: Prepared) -> Bound:
     return Bound(run)
 
 
-def _channels_last(layer: ConvBiasAct, prepared: Prepared) -> Tensor:
+def channels_last(layer: ConvBiasAct, prepared: Prepared) -> Tensor:
     """The weight as GPU kernels read it; PyTorch would copy it in every call."""
     return prepared.of(
         layer,
@@ -113,6 +116,6 @@ def _channels_last(layer: ConvBiasAct, prepared: Prepared) -> Tensor:
     )
 
 
-def _float32_bias(layer: ConvBiasAct, prepared: Prepared) -> Tensor | None:
+def float32_bias(layer: ConvBiasAct, prepared: Prepared) -> Tensor | None:
     bias = layer.bias
     return None if bias is None else prepared.of(layer, torch.float32, lambda: bias.detach().float())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fusedres import ops
-from fusedres.inference import gpu, onednn
+from fusedres.inference import block, gpu, onednn
 from fusedres.inference.bound import Bound
 from fusedres.inference.layers import ConvBiasAct, Stem
 from fusedres.inference.prepared import Prepared
@@ -90,15 +90,25 @@ class Program:
         values: dict[fx.Node, Tensor] = {}
         slot: dict[fx.Node, int] = {}
         free: list[int] = []
+        whole: dict[fx.Node, tuple[Bound, fx.Node] | None] = {}  # blocks in one launch, their nodes
         for node in nodes:
             inputs = node.all_input_nodes
             if node.op == "output":
                 break
+            whole.update(self._whole_block(node, values))
+            if node in whole and whole[node] is None:
+                continue
             if node.op == "placeholder":
                 value, bound = x, None
             else:
-                bound = self._bind(node, [values[i] for i in inputs])
-                self.choices.append(self._choice(node, bound, [values[i] for i in inputs]))
+                if node in whole:
+                    bound, source = whole[node]  # type: ignore[misc]
+                    inputs = [source]
+                else:
+                    bound = self._bind(node, [values[i] for i in inputs])
+                tensors = [values[i] for i in inputs]
+                choice = self._choice(node, bound, tensors)
+                self.choices.append(choice._replace(op="bottleneck") if node in whole else choice)
                 value = bound.run(*(values[i] for i in inputs), *bound.constants)
             taken = tuple(slot[i] for i in inputs)
             # what is read here for the last time makes room, first of all for the result
@@ -114,6 +124,22 @@ class Program:
                 self._steps.append(Step(bound.run, taken, bound.constants, slot[node]))
         (result,) = inputs
         return values[result], slot[result]
+
+    def _whole_block(
+        self, node: fx.Node, values: dict[fx.Node, Tensor]
+    ) -> dict[fx.Node, tuple[Bound, fx.Node] | None]:
+        """If a block that begins here runs in one launch: at its last node how, None at the others."""
+        forced = ops.forced_backend()
+        found = block.find(self._net, node) if forced in ("auto", "cuda") else None
+        if found is None or found.source not in values:
+            return {}
+        x = values[found.source]
+        if (x.device.type != "cuda" and forced == "auto") or x.numel() == 0:
+            return {}
+        bound = block.bind(found, x, self._prepared)
+        if bound is None:
+            return {}
+        return {**dict.fromkeys(found.nodes), found.nodes[-1]: (bound, found.source)}
 
     def _bind(self, node: fx.Node, tensors: list[Tensor]) -> Bound:
         if node.op == "get_attr":

@@ -247,6 +247,22 @@ def conv_bias_act(
     z.copy_(torch.relu(u) if relu else u)
 
 
+def bottleneck_infer(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    z: Tensor,
+) -> None:
+    inner = [torch.empty_like(x[:, :1].expand(-1, weight1.shape[0], -1, -1)) for _ in range(2)]
+    conv_bias_act(x, weight1, bias1, None, True, 1, inner[0])
+    conv_bias_act(inner[0], weight2, bias2, None, True, 1, inner[1])
+    conv_bias_act(inner[1], weight3, bias3, x, True, 1, z)
+
+
 def _output_gradient(du: Tensor, y: Tensor | None, y_stats: Tensor | None, y_sums: Tensor | None) -> Tensor:
     """The gradient of a convolution's raw output, from that behind its batch norm."""
     if y_stats is None:

@@ -33,5 +33,11 @@ def _formula(shapes: Callable[[Any, Any], tuple[_Shape, _Shape]]) -> Callable[..
     return flop
 
 
+def _of_block(x: _Shape, weight1: _Shape, _: Any, weight2: _Shape, *rest: Any, **__: Any) -> int:
+    positions, inner = x[0] * math.prod(x[2:]), weight2[0]
+    return 2 * positions * inner * (2 * x[1] + math.prod(weight2[1:]))
+
+
+register_flop_formula(_OPS.bottleneck_infer)(_of_block)
 for _name, _shapes in _CONVOLUTIONS.items():
     register_flop_formula(getattr(_OPS, _name))(_formula(_shapes))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 CONV_OPS = ("conv_fwd", "conv_dgrad", "conv_wgrad")
 CONV_BIAS_OPS = ("conv_bias_act",)
+BLOCK_OPS = ("bottleneck_infer",)
 STEM_OPS = ("stem_conv", "stem_wgrad")
 
 # An H100's measured copy (bytes a second) and bf16 product (FLOP a second); on other chips it is their
@@ -25,6 +26,11 @@ FUSED_COST = 1.3
 # cuDNN's time for a 3x3 of 64 channels and filters over what it reaches elsewhere: 1.9 times its floor
 NARROW, NARROW_COST = 64, 1.6
 STEM = 7  # side of its filters
+# of a block in one launch: what its kernel is made for, the chips with 99 KB of shared memory for a block of
+# threads, and arithmetic that it does over what is needed (the border again, positions that aren't there)
+WHOLE_BLOCK_INNER, WHOLE_BLOCK_CHANNELS = (64, 128), 128
+LITTLE_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
+WHOLE_BLOCK_FLOP = 1.5
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -82,6 +88,24 @@ def outside_kernels(conv: Conv) -> str | None:
     return None
 
 
+def outside_cuda(op: str, conv: Conv, dtype: str, capability: tuple[int, int] | None) -> str | None:
+    """Why the CUDA kernels don't take what the kernels take; None if they do."""
+    if conv.ieee:
+        return "CUDA kernels multiply float32 as TF32, which torch.backends.cudnn.allow_tf32 forbids"
+    if op not in BLOCK_OPS:
+        return None
+    if dtype == "float32":
+        return "a whole block is for 16 bits"
+    if conv.filters not in WHOLE_BLOCK_INNER or conv.channels % WHOLE_BLOCK_CHANNELS:
+        return (
+            f"a whole block has {' or '.join(map(str, WHOLE_BLOCK_INNER))} inner channels and a multiple of "
+            f"{WHOLE_BLOCK_CHANNELS} outside, got {conv.filters} and {conv.channels}"
+        )
+    if conv.filters > WHOLE_BLOCK_INNER[0] and capability in LITTLE_SHARED_MEMORY:
+        return f"a whole block of {conv.filters} inner channels needs 110 KB of shared memory, the GPU has 99"
+    return None
+
+
 def predicted(op: str, conv: Conv, dtype: str) -> tuple[float, float]:
     """Seconds on an H100 of the fused kernel and of PyTorch's convolution with its batch-norm passes.
 
@@ -114,6 +138,21 @@ def predicted(op: str, conv: Conv, dtype: str) -> tuple[float, float]:
     return fused, plain + passes / bandwidth
 
 
+def predicted_block(conv: Conv, dtype: str) -> tuple[float, float]:
+    """Seconds on an H100 of a block in one launch and of its three convolutions; a prediction as above."""
+    positions = conv.batch * conv.height * conv.width
+    wide, inner = (positions * channels * ITEMSIZE[dtype] for channels in (conv.channels, conv.filters))
+
+    def product(moved: int, flop: float) -> float:
+        return max(moved / (BANDWIDTH * REACHED_BANDWIDTH), flop / (PEAK[dtype] * REACHED_PEAK))
+
+    outer_flop = 2 * positions * conv.channels * conv.filters
+    window_flop = 2 * positions * 9 * conv.filters**2
+    whole = product(2 * wide, WHOLE_BLOCK_FLOP * (2 * outer_flop + window_flop)) * FUSED_COST
+    first, last = product(wide + inner, outer_flop), product(inner + 2 * wide, outer_flop)
+    return whole, first + product(2 * inner, window_flop) + last
+
+
 def likely(op: str, conv: Conv | None, dtype: str) -> tuple[bool, str]:
     """Whether the fused kernel is predicted to win, and why."""
     if conv is None:
@@ -121,5 +160,5 @@ def likely(op: str, conv: Conv | None, dtype: str) -> tuple[bool, str]:
     if op in STEM_OPS:
         # 11 (bf16) and 3.5 (fp16) times the memory's floor forward, 7 and 3.5 for the weight
         return not conv.ieee, "predicted: cuDNN's takes 3 to 11 times what memory needs; not measured"
-    fused, plain = predicted(op, conv, dtype)
+    fused, plain = predicted_block(conv, dtype) if op in BLOCK_OPS else predicted(op, conv, dtype)
     return fused <= plain, f"predicted {fused * 1e6:.0f} us fused, {plain * 1e6:.0f} us not; not measured"

@@ -70,8 +70,23 @@ def test_a_trained_nets_convolution(side, stride):
     assert fused.get_total_flops() == eager.get_total_flops() > 0
 
 
+def test_a_whole_block():
+    x = torch.randn(2, 8, 9, 7)
+    weights = [torch.randn(16, 8, 1, 1), torch.randn(16, 16, 3, 3), torch.randn(8, 16, 1, 1)]
+    biases = [torch.randn(16), torch.randn(16), torch.randn(8)]
+
+    def eager():
+        t = x
+        for weight, bias in zip(weights, biases, strict=True):
+            t = F.conv2d(t, weight, bias, padding=weight.shape[2] // 2)
+
+    whole = [t for pair in zip(weights, biases, strict=True) for t in pair]
+    fused = count(lambda: OPS.bottleneck_infer(x, *whole))
+    assert fused.get_total_flops() == count(eager).get_total_flops() > 0
+
+
 def test_every_convolution_has_a_formula():
-    convolutions = {name for name in ops.OPS if name.startswith(("conv_", "stem_"))}
+    convolutions = {name for name in ops.OPS if name.startswith(("conv_", "stem_", "bottleneck_"))}
     assert {str(op) for op in flop_registry if str(op).startswith("fusedres.")} == {
         f"fusedres.{name}" for name in convolutions
     }

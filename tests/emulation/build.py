@@ -26,7 +26,7 @@ from types import ModuleType
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CUDA = ROOT / "csrc" / "cuda"
-OWN = [HERE / "module.cpp", HERE / "emulation.cpp", HERE / "memory.cpp"]
+OWN = [HERE / f"{name}.cpp" for name in ("module", "emulation", "memory", "tensor_core")]
 HEADERS = ["cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h", "crt/host_config.h"]
 JOBS = 2
 SKIPPED = 77  # exit status where nothing can be built, as automake has it
@@ -130,6 +130,19 @@ def digest(*parts: str | bytes) -> str:
     return hashed.hexdigest()[:16]
 
 
+def with_headers(source: Path) -> list[Path]:
+    """A source and those of our headers that it includes, in whatever way."""
+    found, to_read = {source: None}, [source]
+    while to_read:
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', to_read.pop().read_text(), re.MULTILINE):
+            for folder in (ROOT / "csrc", CUDA, HERE):
+                header = folder / name
+                if header.exists() and header not in found:
+                    found[header] = None
+                    to_read.append(header)
+    return sorted(found)
+
+
 def build(
     name: str, sources: Iterable[Path], definitions: Sequence[str] = (), folder: Path | None = None
 ) -> Path:
@@ -138,12 +151,11 @@ def build(
         raise RuntimeError(reason)
     folder = folder or ROOT / "build" / "emulation"
     flags = [*FLAGS, *(f"-D{d}" for d in (*definitions, f"FUSEDRES_MODULE={name}")), *includes()]
-    headers = sorted(p for at in (CUDA, HERE) for p in at.iterdir() if p.suffix in (".h", ".cuh"))
     compiler = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
-    shared = digest(compiler, *flags, *(p.read_bytes() for p in headers))
 
     def compiled(source: Path) -> Path:
-        target = folder / f"{source.stem}-{digest(shared, source.read_bytes())}.o"
+        read = (path.read_bytes() for path in with_headers(source))
+        target = folder / f"{source.stem}-{digest(compiler, *flags, *read)}.o"
         if not target.exists():
             gxx([*flags, "-c", str(source)], target)
         return target

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fusedres
 from fusedres import kernels, ops, plan
-from fusedres.kernels import cuda
+from fusedres.kernels.cuda import launch
 
 MULTIPROCESSORS = 2
 
@@ -22,7 +22,8 @@ MULTIPROCESSORS = 2
 @functools.cache
 def module() -> ModuleType:
     """The compiled module's CUDA part, every kernel and launcher of it, over the emulation."""
-    sources = [build.ROOT / "csrc" / "bindings_cuda.cpp", *sorted(build.CUDA.glob("*.cu"))]
+    bindings = sorted((build.ROOT / "csrc").glob("bindings_cuda*.cpp"))
+    sources = [*bindings, *sorted(build.CUDA.glob("*.cu"))]
     return build.load(build.build("_emulated", sources, ["FUSEDRES_BIND_CUDA"]))
 
 
@@ -34,14 +35,15 @@ def cuda_on_cpu(multiprocessors: int = MULTIPROCESSORS) -> Iterator[None]:
     multiprocessors and the execution itself.
     """
 
-    def launch(function: Callable[..., None], x: Tensor, *arguments: Any) -> None:
-        function(*arguments, cuda._multiprocessors(x.device), 0)
+    def run(name: str, x: Tensor, *arguments: Any) -> None:
+        function = getattr(module(), f"cuda_{name}")
+        function(*launch.addresses(arguments), launch.multiprocessors(x.device), 0)
 
     with contextlib.ExitStack() as stack:
         for patch in (
-            mock.patch.object(cuda, "_C", module()),
-            mock.patch.object(cuda, "_launch", launch),
-            mock.patch.object(cuda, "_multiprocessors", lambda device: multiprocessors),
+            mock.patch.object(launch, "C", module()),
+            mock.patch.object(launch, "run", run),
+            mock.patch.object(launch, "multiprocessors", lambda device: multiprocessors),
             mock.patch.dict(plan.DEVICE, {"cuda": "cpu"}),
             mock.patch.object(kernels, "unavailable", lambda: {}),
         ):
@@ -53,5 +55,5 @@ def cuda_on_cpu(multiprocessors: int = MULTIPROCESSORS) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for cached in (ops.choice, cuda._workspace_size, cuda._maxpool_workspace_size):
-        cached.cache_clear()
+    ops.choice.cache_clear()
+    launch.forget_sizes()

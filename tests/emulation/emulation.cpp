@@ -52,7 +52,8 @@ void Fiber::go_to(Fiber& other) {
 namespace {
 
 constexpr std::size_t kStackBytes = 256 * 1024;
-constexpr unsigned kAccessesToPreemption = 16;  // at most; half of it on average
+constexpr unsigned kAccessesToPreemption = 16;         // at most; half of it on average
+constexpr std::size_t kMostDynamicBytes = 227 * 1024;  // compute capability 9.0 and 10.0
 
 std::string text(uint3 v) {
   std::ostringstream out;
@@ -102,6 +103,10 @@ const char* name(Call call) {
       return "__shfl_down_sync";
     case Call::shfl_xor:
       return "__shfl_xor_sync";
+    case Call::load_matrices:
+      return "load_matrices";
+    case Call::mma:
+      return "mma";
   }
   return "?";
 }
@@ -121,7 +126,8 @@ std::string place(const void* site) {
   for (const char* frame = frames; *frame != 0; frame += std::strlen(frame) + 1) {
     found = frame;
     found.remove_prefix(found.rfind('/') + 1);
-    if (found.rfind("device.cuh", 0) != 0 && found.rfind("emulation.h", 0) != 0) break;
+    const std::string_view file = found.substr(0, found.find(':'));
+    if (file != "device.cuh" && file != "tensor_core.cuh" && file != "emulation.h") break;
   }
   return std::string(found);
 }
@@ -213,6 +219,8 @@ void run_block(std::uint64_t number) {
     thread.number = i;
     thread.index = split(i, blockDim);
     thread.stamp = gpu.first_stamp + number * gpu.size + i;
+    thread.copies.assign(1, {});
+    thread.accesses.clear();
     wake(thread);
   }
   while (!gpu.ready.empty()) {
@@ -225,8 +233,13 @@ void run_block(std::uint64_t number) {
     if (gpu.error) std::rethrow_exception(std::exchange(gpu.error, nullptr));
   }
   for (int i = 0; i < gpu.size; ++i) {
-    if (gpu.threads[i].state != Thread::State::ended) fail_stuck();
+    const Thread& thread = gpu.threads[i];
+    if (thread.state != Thread::State::ended) fail_stuck();
+    for (const auto& group : thread.copies) {
+      if (!group.empty()) fail(thread, "ended with copies on their way");
+    }
   }
+  serve_banks();
 }
 
 void say_who_died() {
@@ -242,11 +255,13 @@ void preempt_at_random() {
   yield();
 }
 
-const char* launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
+const char* launch(dim3 grid, dim3 block, std::size_t shared_bytes,
+                   const std::function<void()>& kernel) {
   const std::uint64_t size = std::uint64_t{block.x} * block.y * block.z;
   const std::uint64_t blocks = std::uint64_t{grid.x} * grid.y * grid.z;
   if (size == 0 || blocks == 0 || std::max(block.x, block.y) > kMostThreads || block.z > 64 ||
-      size > kMostThreads || grid.x > 0x7fffffffu || std::max(grid.y, grid.z) > 65535) {
+      size > kMostThreads || grid.x > 0x7fffffffu || std::max(grid.y, grid.z) > 65535 ||
+      shared_bytes > kMostDynamicBytes) {
     return "invalid configuration argument";
   }
   const std::lock_guard lock(gpu.in_use);
@@ -254,7 +269,9 @@ const char* launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   gridDim = grid;
   blockDim = block;
   gpu.kernel = &kernel;
-  gpu.launches.push_back({grid, block});
+  gpu.launches.push_back({grid, block, shared_bytes});
+  gpu.bank_accesses.clear();
+  gpu.dynamic = std::make_unique<SharedMemory>(shared_bytes);
   gpu.first_stamp = gpu.next_stamp;
   gpu.next_stamp += blocks * size;
   gpu.size = static_cast<int>(size);
@@ -323,6 +340,13 @@ void exchange(Thread* const (&warp)[kWarp], Call call, unsigned mask) {
       case Call::all:
         results[lane] = ballot == mask;
         break;
+      case Call::load_matrices:
+      case Call::mma: {
+        auto& brought = gpu.brought[warp[lane]->warp()];
+        std::memcpy(brought[lane], reinterpret_cast<const void*>(warp[lane]->bits), kMostBrought);
+        results[lane] = reinterpret_cast<std::uint64_t>(brought);
+        break;
+      }
       default:
         const int source = source_lane(*warp[lane]);
         if (!warp[source]) {
@@ -341,8 +365,13 @@ void exchange(Thread* const (&warp)[kWarp], Call call, unsigned mask) {
 }  // namespace
 
 std::uint64_t warp_call(Call call, unsigned mask, std::uint64_t bits, int argument, int width) {
+  return warp_call_at(__builtin_return_address(0), call, mask, bits, argument, width);
+}
+
+std::uint64_t warp_call_at(const void* site, Call call, unsigned mask, std::uint64_t bits,
+                           int argument, int width) {
   Thread& me = *gpu.running;
-  wait(call, __builtin_return_address(0));
+  wait(call, site);
   me.mask = mask;
   me.bits = bits;
   me.argument = argument;

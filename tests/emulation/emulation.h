@@ -28,9 +28,11 @@ extern dim3 blockDim, gridDim;
 
 namespace fusedres::cuda::emulation {
 
-// Runs the kernel for every thread of every block. Returns why a GPU would refuse the launch, or
-// nullptr; throws std::runtime_error for what goes wrong in the kernel.
-const char* launch(dim3 grid, dim3 block, const std::function<void()>& kernel);
+// Runs the kernel for every thread of every block, with so many bytes of dynamic shared memory.
+// Returns why a GPU would refuse the launch, or nullptr; throws std::runtime_error for what goes
+// wrong in the kernel.
+const char* launch(dim3 grid, dim3 block, std::size_t shared_bytes,
+                   const std::function<void()>& kernel);
 
 // Called before every access to global and to shared memory. Either may switch threads.
 void read(const void* address, std::size_t bytes);
@@ -51,6 +53,7 @@ struct SharedByte {
 // A __shared__ array, in whichever block runs. On the heap, so that ASan knows where it ends.
 struct SharedMemory {
   explicit SharedMemory(std::size_t bytes);
+  ~SharedMemory();
   void* of_this_block();
 
   std::size_t bytes;
@@ -65,8 +68,23 @@ T* shared_array() {
   return static_cast<T*>(memory.of_this_block());
 }
 
+// That of the launch's size.
+unsigned char* dynamic_shared();
+
 // Where a thread may wait for others.
-enum class Call { syncthreads, syncwarp, ballot, any, all, shfl, shfl_up, shfl_down, shfl_xor };
+enum class Call {
+  syncthreads,
+  syncwarp,
+  ballot,
+  any,
+  all,
+  shfl,
+  shfl_up,
+  shfl_down,
+  shfl_xor,
+  load_matrices,
+  mma
+};
 
 // Waits until every lane of the mask has come to the same call; `bits` is what the others see of
 // this lane, `argument` and `width` are those of a shuffle. Returns what the call returns.
@@ -83,6 +101,25 @@ __forceinline__ T shuffle(Call call, unsigned mask, T value, int argument, int w
   return value;
 }
 
+// Asynchronous copies. They arrive as late as they may: until the thread waits for them there is
+// garbage.
+void copy_async(void* to, const void* from, bool there);
+void commit_copies();
+void wait_copies(int groups);
+
+// What tensor_core.cuh says of them; every lane of a warp has to come.
+void load_matrices(std::uint32_t (&r)[4], const void* row, bool transposed);
+std::uint32_t tf32(std::uint32_t bits);
+// The values of 16 or 32 bits in the operands' registers, widened.
+using Widen = float (*)(const void* value);
+void mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], int bytes,
+         Widen widen);
+template <class T>
+void mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  mma(c, a, b, sizeof(T),
+      [](const void* value) { return static_cast<float>(*static_cast<const T*>(value)); });
+}
+
 // The order of threads, from here on.
 void seed(std::uint64_t value);
 // Whether threads are switched at accesses too (they are, unless told not to), or at barriers
@@ -94,6 +131,12 @@ struct Traffic {
 };
 struct Launch {
   dim3 grid, block;
+  std::size_t shared_bytes;
+};
+// Accesses of a warp to shared memory by one instruction, and how often the banks served it beyond
+// the fewest times that so many bytes take.
+struct Banks {
+  std::uint64_t accesses = 0, conflicts = 0;
 };
 
 // Counts accesses to a buffer, and checks that no two threads of a launch meet in a byte of it.
@@ -103,6 +146,9 @@ void unwatch_all();
 // bytes.
 std::map<std::string, Traffic> traffic();
 const std::vector<Launch>& launches();
+// By the instruction's address in the module's file, while told to count.
+void count_banks(bool on);
+std::map<std::uintptr_t, Banks> banks();
 void reset();
 
 }  // namespace fusedres::cuda::emulation

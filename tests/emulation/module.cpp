@@ -37,9 +37,19 @@ PYBIND11_MODULE(FUSEDRES_MODULE, m) {
   });
   m.def("launches", [] {
     py::list all;
-    for (const auto& [grid, block] : emulation::launches()) {
+    for (const auto& [grid, block, shared_bytes] : emulation::launches()) {
       all.append(py::dict(py::arg("grid") = py::make_tuple(grid.x, grid.y, grid.z),
-                          py::arg("block") = py::make_tuple(block.x, block.y, block.z)));
+                          py::arg("block") = py::make_tuple(block.x, block.y, block.z),
+                          py::arg("shared_bytes") = shared_bytes));
+    }
+    return all;
+  });
+  m.def("count_banks", &emulation::count_banks, py::arg("on"));
+  m.def("banks", [] {
+    py::dict all;
+    for (const auto& [address, banks] : emulation::banks()) {
+      all[py::int_(address)] =
+          py::dict(py::arg("accesses") = banks.accesses, py::arg("conflicts") = banks.conflicts);
     }
     return all;
   });

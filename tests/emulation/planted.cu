@@ -278,7 +278,7 @@ void bind_cuda(py::module_& m) {
          Extent block) {
         const planted::Kernel kernel = planted::kKernels.at(name);
         const char* refused = cuda::emulation::launch(
-            dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]),
+            dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), 0,
             [&] { kernel(reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), n); });
         if (refused) throw std::runtime_error(name + " was not launched: " + refused);
       },

@@ -124,7 +124,7 @@ def test_launches_are_counted(planted):
     x = numbers(4 * 10)
     out = run(planted, "copy", x, 40, 10, grid=(2, 1, 1), block=(3, 1, 1))
     assert torch.equal(out, x)
-    assert planted.launches() == [{"grid": (2, 1, 1), "block": (3, 1, 1)}]
+    assert planted.launches() == [{"grid": (2, 1, 1), "block": (3, 1, 1), "shared_bytes": 0}]
 
 
 def test_only_a_preempting_schedule_interrupts(planted):
@@ -175,7 +175,7 @@ def test_traffic_since_the_last_reset(planted):
         read, other = planted.traffic()["input"], planted.traffic()["other"]
         assert (read["read"], read["distinct_read"]) == (24 * n, 16 * n)
         assert (other["read"], other["written"]) == (0, 24 * n)
-        block = {"block": (THREADS, 1, 1)}
+        block = {"block": (THREADS, 1, 1), "shared_bytes": 0}
         assert planted.launches() == [{"grid": (1, 1, 1)} | block, {"grid": (2, 1, 1)} | block]
 
 

@@ -1,0 +1,23 @@
+// What the CUDA ops' bindings share.
+#pragma once
+
+#include "bindings.h"
+#include "cuda/ops.h"
+
+namespace fusedres {
+
+// What every op ends with: the device's multiprocessors and the stream.
+inline cuda::Device device(int multiprocessors, uintptr_t stream) {
+  if (multiprocessors < 1) throw std::invalid_argument("a device has at least 1 multiprocessor");
+  return {at<void>(stream), multiprocessors};
+}
+
+// An address that an op can't do without.
+template <class T>
+T* to(const char* name, uintptr_t address) {
+  return at<T>(needed(name, address));
+}
+
+void bind_cuda_conv(pybind11::module_& m);
+
+}  // namespace fusedres
