@@ -247,6 +247,31 @@ def conv_bias_act(
     z.copy_(torch.relu(u) if relu else u)
 
 
+def conv_int8(
+    x: Tensor,
+    border: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    residual_step: float,
+    floor: float,
+    stride: int,
+    z: Tensor,
+) -> None:
+    side, (n, _, height, width) = weight.shape[2] // 2, x.shape
+    padded = _per_channel(border).repeat(n, 1, height + 2 * side, width + 2 * side)
+    padded[:, :, side : side + height, side : side + width] = x
+    # integers up to 2^53 are exact in float64, which has a convolution on every device
+    sums = F.conv2d(padded.double(), weight.double(), None, stride) + _per_channel(offset)
+    u = sums.float() * _per_channel(scale) + _per_channel(bias)
+    if residual is not None:
+        u += residual * residual_step
+    u = torch.where(u < floor, floor, u)
+    z.copy_(torch.round(u).clamp(-128, 127) if z.dtype == torch.int8 else u)
+
+
 def _output_gradient(du: Tensor, y: Tensor | None, y_stats: Tensor | None, y_sums: Tensor | None) -> Tensor:
     """The gradient of a convolution's raw output, from that behind its batch norm."""
     if y_stats is None:

@@ -26,6 +26,7 @@ from fusedres.ops import (
     cast_weights,
     conv,
     conv_bias_act,
+    conv_int8,
     global_avg_pool,
     stem,
 )
@@ -59,6 +60,7 @@ OPS: dict[str, Op] = {
         cast_weights,
         conv,
         conv_bias_act,
+        conv_int8,
         stem,
     )
     for name, op in module.OPS.items()

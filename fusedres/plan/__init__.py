@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from fusedres.plan.conv import (
     CONV_BIAS_OPS,
     CONV_OPS,
+    INT8_OPS,
     STEM_OPS,
     Conv,
     likely,
@@ -31,6 +32,7 @@ __all__ = [
     "CONV_OPS",
     "DEVICE",
     "IMPLEMENTATIONS",
+    "INT8_OPS",
     "LEAST_VALUES",
     "LEAST_VALUES_OF",
     "MAXPOOL_OPS",
@@ -67,17 +69,20 @@ MAXPOOL_OPS = (
     "bias_relu_maxpool",
 )
 AVGPOOL_OPS = ("global_avg_pool", "global_avg_pool_backward")
-ALL_OPS = (*BN_OPS, *MAXPOOL_OPS, *AVGPOOL_OPS, "cast_weights", *CONV_OPS, *CONV_BIAS_OPS, *STEM_OPS)
+# a convolution each, so that a measurement may decide between ours and PyTorch's
+_MEASURED_OPS = (*CONV_OPS, *CONV_BIAS_OPS, *INT8_OPS, *STEM_OPS)
+ALL_OPS = (*BN_OPS, *MAXPOOL_OPS, *AVGPOOL_OPS, "cast_weights", *_MEASURED_OPS)
 # a few ops save passes over what others, and PyTorch's own, do as well: where an implementation hasn't
 # got one of these the callers take those, also if it is forced
 COMPOSED = frozenset(ALL_OPS) - frozenset(BN_OPS)
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
+INT8_DTYPES = ("int8",)
 MIN_CAPABILITY = (8, 0)
 
 # the ops that each implementation has, and the kind of device it runs on
 OPS = {
     "cpu": frozenset(BN_OPS + MAXPOOL_OPS),
-    "triton": frozenset(BN_OPS + CONV_OPS + CONV_BIAS_OPS + STEM_OPS),
+    "triton": frozenset(BN_OPS + _MEASURED_OPS),
     "cuda": frozenset(BN_OPS + MAXPOOL_OPS + AVGPOOL_OPS) | {"cast_weights"},
 }
 DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
@@ -156,10 +161,13 @@ def refusal(name: str, problem: Problem, unavailable: Mapping[str, str]) -> str 
         return unavailable[name]
     if problem.op not in OPS[name]:
         return f"{name} has no kernel for {problem.op}"
-    if problem.dtype not in KERNEL_DTYPES:
-        return f"no kernel for {problem.dtype} (there are float32, bfloat16 and float16)"
+    dtypes = INT8_DTYPES if problem.op in INT8_OPS else KERNEL_DTYPES
+    if problem.dtype not in dtypes:
+        *most, last = dtypes
+        there = f"there are {', '.join(most)} and {last}" if most else f"there is {last}"
+        return f"no kernel for {problem.dtype} ({there})"
     if problem.conv is not None:
-        why = outside_contract(problem.conv) or outside_kernels(problem.conv)
+        why = outside_contract(problem.conv) or outside_kernels(problem.op, problem.conv)
         if why is not None:
             return why
     if name == "triton" and problem.interpreted:
@@ -228,7 +236,7 @@ def choose(problem: Problem, unavailable: Mapping[str, str], forced: str = "auto
     reasons: list[str] = []
     for name in CANDIDATES.get(problem.device, ()):
         why = refusal(name, problem, unavailable)
-        if why is None and problem.op in CONV_OPS + CONV_BIAS_OPS + STEM_OPS:
+        if why is None and problem.op in _MEASURED_OPS:
             return _fused_or_not(name, problem)
         if why is None:
             reasons.append(f"{'next' if reasons else 'first'} choice on {problem.device}")

@@ -99,6 +99,7 @@ OPS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "projection": ("du y x", "dweight"),
     },
     "conv_bias_act": {"none": ("x weight", "z"), "plain": ("x residual weight", "z")},
+    "conv_int8": {"none": ("x weight", "z"), "plain": ("x residual weight", "z")},
     # packs the image first
     "stem_conv": {"none": ("image pixels weight", "packed y")},
     "stem_wgrad": {"none": ("dy pixels", "dweight")},
