@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fusedres import ops
 from fusedres.inference import gpu, onednn
 from fusedres.inference.bound import Bound
+from fusedres.inference.fold import pads_zeros
 from fusedres.inference.layers import ConvBiasAct, Stem
 from fusedres.inference.prepared import Prepared
 from fusedres.inference.quantized import QuantizedConv
@@ -118,6 +120,8 @@ class Program:
     def _bind(self, node: fx.Node, tensors: list[Tensor]) -> Bound:
         if node.op == "get_attr":
             return Bound(lambda: _attribute(self._net, str(node.target)))
+        if pads_zeros(node):
+            return Bound(_pad, node.args[1:])
         run: Any = node.target
         if node.op == "call_method":
             run = getattr(torch.Tensor, str(node.target))
@@ -180,6 +184,15 @@ class Program:
                 return onednn.bind_stem(layer, x, self._prepared)
             return onednn.bind_conv(layer, x, self._prepared, residual=residual is not None, reuse=reuse)
         return None
+
+
+def _pad(x: Tensor, pads: Sequence[int]) -> Tensor:
+    """F.pad with zeros, in channels_last: of a strided image with an odd side it makes NCHW.
+
+    Levels are padded where 0 is the lowest (see ``calibrate``).
+    """
+    zero = 0 if x.is_floating_point() else torch.iinfo(x.dtype).min
+    return F.pad(x, pads, value=zero).contiguous(memory_format=torch.channels_last)
 
 
 def _nodes_in(args: Any) -> list[fx.Node]:
