@@ -84,7 +84,7 @@ def dot(b_a, b_b, b_acc, PRECISION: tl.constexpr):
         if b_acc.dtype == tl.int32:
             # the sums of a step are exact in float32; numpy takes 70 times as long for them in integers
             return b_acc + tl.dot(b_a, b_b).to(tl.int32)
-    return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
+    return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION, out_dtype=b_acc.dtype)
 
 
 @triton.jit
