@@ -19,8 +19,8 @@ PARALLEL := OMP_NUM_THREADS=1
 CONVS := tests/test_conv_fwd.py tests/test_conv_bias_act.py tests/test_conv_int8.py tests/test_conv_dgrad.py \
 	tests/test_conv_wgrad.py tests/test_stem_conv.py
 INTERPRETED := tests/test_gpu_kernels.py $(CONVS) tests/test_conv_bn_act.py tests/test_stem.py tests/test_traffic.py \
-	tests/test_inference_gpu.py tests/test_quantize_gpu.py
-CODEGEN := tests/test_triton_codegen.py tests/test_cuda_codegen.py $(CONVS)
+	tests/test_inference_gpu.py tests/test_quantize_gpu.py tests/test_quantize_int8.py
+CODEGEN := tests/test_triton_codegen.py tests/test_cuda_codegen.py tests/test_quantize_int8.py $(CONVS)
 
 .PHONY: demo test test-full lint test-main test-interpreted test-emulated test-core codegen matrix bench format clean
 

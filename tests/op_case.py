@@ -102,6 +102,7 @@ def arguments(name, dtype=torch.float32, layout="channels_last"):
             (levels, border, taps[..., :1, :1].contiguous(), vector.int(), vector, vector)
             + (None, 0.0, 0.0, 2, dtype),
         ],
+        "quantize_int8": [(x, 0.1, 3)],
         "stem_conv": [
             (photo, stem, torch.randn(4), torch.randn(4), 1e-5, True, dtype),
             (photo.float(), stem.float(), None, None, 1e-5, False, small),

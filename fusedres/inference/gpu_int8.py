@@ -18,7 +18,7 @@ from fusedres import autotune, ops
 from fusedres.inference import gpu
 from fusedres.inference.bound import Bound
 from fusedres.inference.prepared import Prepared
-from fusedres.inference.quantized import Dequantize, Quantize, QuantizedConv
+from fusedres.inference.quantized import Dequantize, Quantize, QuantizedConv, Scale
 
 STORED = torch.int8
 _OPS: Any = torch.ops.fusedres
@@ -47,8 +47,17 @@ def bind(
     if isinstance(layer, QuantizedConv):
         return _bind_conv(layer, tuple(tensors), out, prepared)
     if not isinstance(layer, Dequantize):
-        return Bound(layer.scale.quantize, (STORED,))
+        return _quantize(layer.scale, tensors[0])
     return Bound(lambda x: x, reason="nothing to convert") if tensors[0].is_floating_point() else None
+
+
+def _quantize(scale: Scale, x: Tensor) -> Bound:
+    """To levels as they are stored here; PyTorch's operators would take several passes."""
+    chosen = ops.choice("quantize_int8", x.device, x.dtype, ops.forced_backend())
+    if chosen.implementation == "aten":
+        return Bound(scale.quantize, (STORED,))
+    constants = (scale.step, scale.stored_zero(STORED))
+    return Bound(_OPS.quantize_int8.default, constants, chosen.implementation, chosen.reason)
 
 
 def _bind_conv(
@@ -108,9 +117,10 @@ def _converted(
 
     x, *residual = converted(tensors)
     conv = gpu.bind_conv(plain, x, residual[0] if residual else None, prepared)
+    quantize = _quantize(layer.out, x)
 
     def run(*given: Tensor) -> Tensor:
         y = conv.run(*converted(given), *conv.constants)
-        return layer.out.quantize(y, STORED) if out is None else y.to(out)
+        return quantize.run(y, *quantize.constants) if out is None else y.to(out)
 
     return Bound(run, (), conv.implementation, f"in {_CONVERTED} between two conversions")

@@ -272,6 +272,10 @@ def conv_int8(
     z.copy_(torch.round(u).clamp(-128, 127) if z.dtype == torch.int8 else u)
 
 
+def quantize_int8(x: Tensor, step: float, zero: int, z: Tensor) -> None:
+    z.copy_(torch.round(_wide(x) / step + zero).clamp(-128, 127))
+
+
 def _output_gradient(du: Tensor, y: Tensor | None, y_stats: Tensor | None, y_sums: Tensor | None) -> Tensor:
     """The gradient of a convolution's raw output, from that behind its batch norm."""
     if y_stats is None:

@@ -28,6 +28,7 @@ from fusedres.ops import (
     conv_bias_act,
     conv_int8,
     global_avg_pool,
+    quantize_int8,
     stem,
 )
 from fusedres.ops.conv import shape_of as conv_shape
@@ -61,6 +62,7 @@ OPS: dict[str, Op] = {
         conv,
         conv_bias_act,
         conv_int8,
+        quantize_int8,
         stem,
     )
     for name, op in module.OPS.items()

@@ -22,7 +22,6 @@ from fusedres.ops.conv import check_like, check_weight, out_size, shape_of
 from fusedres.ops.dispatch import kernel, layout
 from fusedres.ops.tensors import Op, check_vectors, laid_out
 
-LOWEST = -128
 _OUTPUTS = (torch.int8, torch.float32, torch.bfloat16, torch.float16)
 # products that an int32 holds the sum of, whatever they and the zero are
 _TERMS = 2**31 // (255 * 128)
@@ -57,8 +56,6 @@ def conv_int8(
     if z.numel():
         shape = shape_of(x, weight, stride, pending=False, residual=residual is not None)
         run = kernel("conv_int8", x, shape)
-        if dtype == torch.int8:
-            floor = max(floor, LOWEST)
         run(x, border, weight, offset, scale, bias, residual, residual_step, floor, stride, z)
     return z
 

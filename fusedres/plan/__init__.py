@@ -71,7 +71,7 @@ MAXPOOL_OPS = (
 AVGPOOL_OPS = ("global_avg_pool", "global_avg_pool_backward")
 # a convolution each, so that a measurement may decide between ours and PyTorch's
 _MEASURED_OPS = (*CONV_OPS, *CONV_BIAS_OPS, *INT8_OPS, *STEM_OPS)
-ALL_OPS = (*BN_OPS, *MAXPOOL_OPS, *AVGPOOL_OPS, "cast_weights", *_MEASURED_OPS)
+ALL_OPS = (*BN_OPS, *MAXPOOL_OPS, *AVGPOOL_OPS, "cast_weights", "quantize_int8", *_MEASURED_OPS)
 # a few ops save passes over what others, and PyTorch's own, do as well: where an implementation hasn't
 # got one of these the callers take those, also if it is forced
 COMPOSED = frozenset(ALL_OPS) - frozenset(BN_OPS)
@@ -82,7 +82,7 @@ MIN_CAPABILITY = (8, 0)
 # the ops that each implementation has, and the kind of device it runs on
 OPS = {
     "cpu": frozenset(BN_OPS + MAXPOOL_OPS),
-    "triton": frozenset(BN_OPS + _MEASURED_OPS),
+    "triton": frozenset(BN_OPS + _MEASURED_OPS) | {"quantize_int8"},
     "cuda": frozenset(BN_OPS + MAXPOOL_OPS + AVGPOOL_OPS) | {"cast_weights"},
 }
 DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}

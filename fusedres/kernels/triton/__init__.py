@@ -13,6 +13,7 @@ from fusedres.kernels.triton.conv_dgrad import conv_dgrad
 from fusedres.kernels.triton.conv_fwd import conv_fwd
 from fusedres.kernels.triton.conv_int8 import conv_int8
 from fusedres.kernels.triton.conv_wgrad import conv_wgrad
+from fusedres.kernels.triton.quantize_int8 import quantize_int8
 from fusedres.kernels.triton.stem_conv import stem_conv
 from fusedres.kernels.triton.stem_wgrad import stem_wgrad
 
@@ -28,6 +29,7 @@ __all__ = [
     "conv_fwd",
     "conv_int8",
     "conv_wgrad",
+    "quantize_int8",
     "settings",
     "stem_conv",
     "stem_wgrad",

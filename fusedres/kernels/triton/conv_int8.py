@@ -8,13 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.kernels.triton import config
-from fusedres.kernels.triton.common import tile
+from fusedres.kernels.triton.common import saturated, tile
 from fusedres.kernels.triton.conv_common import grouped
 from fusedres.kernels.triton.conv_fwd import convolve, launch
 
 VEC = tl.constexpr(config.INT8_VEC)
-# 1.5 * 2^23: beside it a float32 has no bits behind the point, so an addition rounds, to even in a tie
-ROUND = tl.constexpr(1.5 * 2**23)
 
 
 # z = max((conv(x) + offset) * scale + bias (+ residual * step), floor), rounded and saturated for 8 bits
@@ -69,9 +67,8 @@ def conv_int8_kernel(
     if residual is not None:
         b_u += tl.load(residual + base + offsets, mask=mask, other=0).to(tl.float32) * residual_step
     b_u = tl.maximum(b_u, floor)
-    if z.dtype.element_ty == tl.int8:
-        b_u = tl.minimum(b_u, 127.0) + ROUND - ROUND
-    tl.store(z + base + offsets, b_u.to(z.dtype.element_ty), mask=mask)
+    b_z = saturated(b_u) if z.dtype.element_ty == tl.int8 else b_u.to(z.dtype.element_ty)
+    tl.store(z + base + offsets, b_z, mask=mask)
 
 
 def conv_int8(
