@@ -51,14 +51,18 @@ class Case:
         weight = levels(filters, channels, side, side, low=-127)
         self.weight = weight.contiguous() if layout == "channels_last" else weight.to(memory_format=memory)
         self.border = torch.full((channels,), zero, dtype=torch.int8)
-        self.offset = (-zero * self.weight.long().sum((1, 2, 3))).int()
         self.stride = stride
-        self.sums = sums(self.x, self.border, self.weight, stride)
+        self.finish()
         largest = self.sums.abs().amax((0, 2, 3)).float().clamp(min=1)
         self.scale = torch.rand(filters) * 100 / largest
         self.bias = torch.randn(filters) * 20
         self.residual = levels(*self.sums.shape).to(memory_format=memory) if residual else None
         self.step = 0.3
+
+    def finish(self):
+        """What follows from the levels."""
+        self.offset = -(self.border.long() * self.weight.long().sum((2, 3))).sum(1).int()
+        self.sums = sums(self.x, self.border, self.weight, self.stride)
 
     def run(self, floor=-INFINITY, dtype=torch.int8):
         return CONV_INT8(
@@ -133,19 +137,28 @@ def test_the_largest_sums(zero):
     case = Case((1, 512, 4, 4), 16, 3, 1, zero=zero, residual=False)
     case.x.fill_(127 if zero < 0 else -128)
     case.weight[:8], case.weight[8:] = -128, 127
-    case.offset = (-zero * case.weight.long().sum((1, 2, 3))).int()
-    case.sums = sums(case.x, case.border, case.weight, 1)
+    case.finish()
     assert case.sums.abs().max() == 9 * 512 * 255 * 128
     case.scale.fill_(100 / case.sums.abs().max())
     case.check([-INFINITY])
 
 
 def test_every_integer():
-    """Sums alone, unscaled: bit for bit."""
-    case = Case((2, 64, 6, 5), 32, 3, 1, zero=17, residual=False)
+    """Odd sums over 2^24, unscaled, bit for bit: float32 wouldn't hold them on the way."""
+    case = Case((1, 512, 4, 3), 16, 3, 1, zero=17, residual=False)
+    case.x, case.weight = levels(*case.x.shape, low=100), levels(*case.weight.shape, low=100)
+    case.finish()
     case.scale.fill_(1)
     case.bias.zero_()
+    assert case.sums.max() > 2**25
     assert torch.equal(case.run(dtype=torch.float32), case.sums.float())
+
+
+def test_a_border_for_each_channel():
+    case = Case((2, 32, 5, 4), 16, 3, 1)
+    case.border = levels(32)
+    case.finish()
+    case.check()
 
 
 def test_rounds_to_even_and_saturates():
@@ -227,9 +240,8 @@ def test_traffic(side, stride):
     from traffic import Traffic
 
     case = Case((2, 32, 6, 6), 16, side, stride)
+    case.weight = case.weight.contiguous(memory_format=torch.channels_last)  # or the op would
     with Traffic({case.weight.data_ptr()}) as traffic:
-        case.weight = case.weight.contiguous(memory_format=torch.channels_last)
-        traffic.filters.add(case.weight.data_ptr())
         z = case.run()
     seen = case.x.numel() // (4 if (side, stride) == (1, 2) else 1)
     assert traffic.loaded == {"conv_int8": seen + z.numel()}
