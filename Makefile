@@ -16,10 +16,11 @@ HAS_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(
 PARALLEL := OMP_NUM_THREADS=1
 
 # what runs in Triton's interpreter, and what compiles for every architecture
-CONVS := tests/test_conv_fwd.py tests/test_conv_bias_act.py tests/test_conv_dgrad.py tests/test_conv_wgrad.py tests/test_stem_conv.py
+CONVS := tests/test_conv_fwd.py tests/test_conv_bias_act.py tests/test_conv_int8.py tests/test_conv_dgrad.py \
+	tests/test_conv_wgrad.py tests/test_stem_conv.py
 INTERPRETED := tests/test_gpu_kernels.py $(CONVS) tests/test_conv_bn_act.py tests/test_stem.py tests/test_traffic.py \
-	tests/test_inference_gpu.py
-CODEGEN := tests/test_triton_codegen.py tests/test_cuda_codegen.py $(CONVS)
+	tests/test_inference_gpu.py tests/test_quantize_gpu.py tests/test_quantize_int8.py
+CODEGEN := tests/test_triton_codegen.py tests/test_cuda_codegen.py tests/test_quantize_int8.py $(CONVS)
 
 .PHONY: demo test test-full lint test-main test-interpreted test-emulated test-core codegen matrix bench format clean
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,17 +16,22 @@ from fusedres import kernels, plan
 from fusedres.cli.bench import eager, measure, workload
 from fusedres.cli.bench.workload import Step
 
+_BACKENDS = {"int8": "auto"}
 _MODELS = {True: "resnet18", False: "resnet50"}  # by tiny
 _LEAST_MEMORY = 40 << 30  # bytes, for a batch of 256
 _TOLERANCE = 2.0  # of eager's own error
+_INT8_ERROR = 0.1  # of the logits, in the Euclidean norm
+_CALIBRATION = 8  # images
 
 
 def inference(check: Check) -> None:
     """Images a second of a large batch and milliseconds of one image, against the converted model."""
-    _inference(check, ("auto", "triton"), (_large(check), 1))
+    _inference(check, ("auto", "triton", "int8"), (_large(check), 1))
     for key, measured in plan.MEASURED.items():
-        if key.op == "conv_bias_act":
-            check.record("choice", conv=list(key.conv), dtype=key.dtype, best=measured.best, us=measured.us)
+        if key.op in (*plan.CONV_BIAS_OPS, *plan.BLOCK_OPS, *plan.INT8_OPS):
+            check.record(
+                "choice", op=key.op, conv=list(key.conv), dtype=key.dtype, best=measured.best, us=measured.us
+            )
 
 
 def frozen(check: Check) -> None:
@@ -88,7 +94,8 @@ def _measure(
             steps.pop(name, None)
             check.record("first call", ok=False, implementation=name, error=str(failure).strip()[:300])
             continue
-        wrong = None if error <= allowed else f"relative error {error:.2e}, allowed {allowed:.2e}"
+        most = _INT8_ERROR if name == "int8" else allowed
+        wrong = None if error <= most else f"relative error {error:.2e}, allowed {most:.2e}"
         check.record("first call", ok=wrong is None, implementation=name, relative_error=error, error=wrong)
     measure.release_free_memory(images.device)
     rounds, warmup = (2, 1) if check.tiny else (30, 5) if len(images) > 1 else (200, 20)
@@ -116,20 +123,32 @@ def _compiled(model: nn.Module, given: Tensor, tiny: bool) -> Any:
     return side
 
 
-def _side(model: nn.Module, given: Tensor, dtype: torch.dtype, backend: str) -> Step:
-    with fusedres.backend(backend):
-        optimised = fusedres.optimize_for_inference(model, dtype, given)
+def _side(model: nn.Module, given: Tensor, dtype: torch.dtype, name: str) -> Step:
+    optimised = _optimised(model, given, dtype, name)
 
     def step() -> Any:
-        with fusedres.backend(backend):
+        with fusedres.backend(_BACKENDS.get(name, name)):
             return optimised(given)
 
+    step()
     return step
 
 
-def _side_logits(model: nn.Module, given: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    with fusedres.backend(backend):
-        return fusedres.optimize_for_inference(model, dtype)(given)
+def _side_logits(model: nn.Module, given: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    return _side(model, given, dtype, name)()
+
+
+def _optimised(model: nn.Module, given: Tensor, dtype: torch.dtype, name: str) -> nn.Module:
+    if name == "int8":
+        return _in_8_bits(model, dtype, given.shape[2], given.device)
+    return fusedres.optimize_for_inference(model, dtype)
+
+
+@functools.cache
+def _in_8_bits(model: nn.Module, dtype: torch.dtype, size: int, device: torch.device) -> nn.Module:
+    """Once for all batches."""
+    calibration = torch.randn(_CALIBRATION, 3, size, size)
+    return fusedres.quantize_for_inference(copy.deepcopy(model).cpu(), calibration, dtype).to(device)
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
@@ -147,8 +166,10 @@ def show_inference(records: list[Record]) -> list[str]:
             )
         elif record["name"] == "not measured":
             lines.append(f"{record['implementation']}: not measured, {record['reason']}")
-    ours = [record for record in records if record["name"] == "choice"]
-    if ours:
-        count = sum(record["best"] == "triton" for record in ours)
-        lines.append(f"{count} of {len(ours)} shapes run by our convolution, the others by cuDNN's")
+    for op in (*plan.CONV_BIAS_OPS, *plan.BLOCK_OPS, *plan.INT8_OPS):
+        best = [record["best"] for record in records if record["name"] == "choice" and record["op"] == op]
+        if best:
+            lines.append(
+                f"{op}: {best.count('triton')} of {len(best)} shapes run by ours, the others by cuDNN's"
+            )
     return lines

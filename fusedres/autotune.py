@@ -1,11 +1,12 @@
 """Which implementation is faster for a convolution on this GPU: measured on first use, kept on disk.
 
 Every convolution can run by a fused kernel, or by PyTorch's own with the batch-norm ops around it (in a
-trained net: with bias, residual and ReLU). Until it is measured a prediction decides (``plan.likely``); on a
-GPU the first use of a shape measures both, as torch.backends.cudnn.benchmark does. What was measured is
-written before it is first used, in a file for this device and these versions, so that other processes and
-later runs add up in the same order. Nothing is measured while a CUDA graph is captured, nor under
-torch.use_deterministic_algorithms: there the files and the predictions decide.
+trained net: with bias, residual and ReLU; of 8 bits: in floating point between two conversions). Until it is
+measured a prediction decides (``plan.likely``); on a GPU the first use of a shape measures both, as
+torch.backends.cudnn.benchmark does. What was measured is written before it is first used, in a file for
+this device and these versions, so that other processes and later runs add up in the same order. Nothing is
+measured while a CUDA graph is captured, nor under torch.use_deterministic_algorithms: there the files and
+the predictions decide.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def fused(op: str, x: Tensor, conv: plan.Conv, run: Callable[[bool], Any]) -> bo
     """Whether a kernel of ours runs a convolution; measures on first use.
 
     Args:
-        op: of ``plan.CONV_OPS``, ``plan.CONV_BIAS_OPS`` or ``plan.STEM_OPS``.
+        op: of ``plan.CONV_OPS``, ``plan.CONV_BIAS_OPS``, ``plan.INT8_OPS`` or ``plan.STEM_OPS``.
         x: an activation of the call.
         conv: its shape.
         run: runs the convolution, fused or not; has no effect but its result.

@@ -22,6 +22,7 @@ from fusedres.cli.report import load
 from fusedres.plan import traffic
 
 BENCHMARKS = Path(gpu_check.__file__).parent
+FIRST_INT8 = ("first call", "int8")
 pytestmark = pytest.mark.xdist_group("gpu_check")  # one process, for one run of everything
 
 
@@ -96,6 +97,12 @@ def test_what_is_measured(tiny):
         part: {r["implementation"] for r in by[part] if "peak_bytes" in r} for part in ("train", "compile")
     }
     assert sides == {"train": {"reference", "auto", "eager"}, "compile": {"auto", "eager", "compile"}}
+    inference = {r["implementation"] for r in by["inference"] if r["name"] == "inference"}
+    assert inference == {"eager", "auto", "int8"}  # and "triton" on a GPU
+    errors = [
+        r["relative_error"] for r in by["inference"] if (r["name"], r.get("implementation")) == FIRST_INT8
+    ]
+    assert len(errors) == 2 and all(0 < error < 0.1 for error in errors)
     shares = {
         r["implementation"]: r["fused_convolution_share"] for r in by["train"] if r["name"] == "breakdown"
     }

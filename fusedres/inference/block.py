@@ -91,5 +91,5 @@ def bind(block: Block, x: Tensor, prepared: Prepared) -> Bound | None:
 
     if not autotune.fused("bottleneck_infer", x, conv, run):
         return None
-    implementation, reason, _ = ops.choice("bottleneck_infer", x.device, x.dtype, ops.forced_backend(), conv)
+    implementation, reason, _ = gpu.choice("bottleneck_infer", x, conv)
     return Bound(whole, parameters, implementation, reason)

@@ -14,9 +14,11 @@ from fusedres.inference.bound import Bound
 from fusedres.inference.layers import ConvBiasAct, Stem
 from fusedres.inference.pool import pool
 from fusedres.inference.prepared import Prepared
+from fusedres.inference.quantized import QuantizedConv
 
 _OPS: Any = torch.ops.fusedres
 _ATEN: Any = torch.ops.aten
+NO_KERNEL = "no kernel of ours for its padding, dilation, groups or stride"
 _STEM = {"stride": (2, 2), "padding": (3, 3), "dilation": (1, 1), "groups": 1}
 
 
@@ -24,7 +26,7 @@ def bind_conv(layer: ConvBiasAct, x: Tensor, residual: Tensor | None, prepared: 
     """``layer`` on inputs of ``x``'s shape."""
     kernel, library = _kernel(layer, prepared), _library(layer, residual is not None, prepared)
     if kernel is None:
-        return library._replace(reason="no kernel of ours for its padding, dilation, groups or stride")
+        return library._replace(reason=NO_KERNEL)
     tensors = (x,) if residual is None else (x, residual)
 
     def run(fused: bool) -> Tensor:
@@ -33,16 +35,16 @@ def bind_conv(layer: ConvBiasAct, x: Tensor, residual: Tensor | None, prepared: 
 
     conv = ops.conv_shape(x, layer.weight, layer.stride[0], pending=False, residual=residual is not None)
     if not autotune.fused("conv_bias_act", x, conv, run):
-        return library._replace(reason=_choice("conv_bias_act", x, conv).reason)
-    implementation, reason, _ = _choice("conv_bias_act", x, conv)
+        return library._replace(reason=choice("conv_bias_act", x, conv).reason)
+    implementation, reason, _ = choice("conv_bias_act", x, conv)
     return kernel._replace(implementation=implementation, reason=reason)
 
 
 def bind_stem(layer: Stem, x: Tensor, prepared: Prepared) -> Bound:
     """Likewise; a bias waits for the pass over the convolution's output that finds the maxima."""
     weight, bias = channels_last(layer, prepared), float32_bias(layer, prepared)
-    fits = all(getattr(layer, name) == value for name, value in _STEM.items())
-    if not fits or tuple(weight.shape[1:]) != (3, 7, 7):
+    usual = all(getattr(layer, name) == value for name, value in _STEM.items())
+    if not usual or tuple(weight.shape[1:]) != (3, 7, 7):
         bound = bind_conv(layer, x, None, prepared)
         return bound._replace(run=lambda x, *constants: pool(bound.run(x, *constants), None))
 
@@ -58,26 +60,33 @@ def bind_stem(layer: Stem, x: Tensor, prepared: Prepared) -> Bound:
     def stem(x: Tensor) -> Tensor:
         return pool(conv(x, fused), bias)
 
-    implementation, reason, _ = _choice("stem_conv", x, shape)
+    implementation, reason, _ = choice("stem_conv", x, shape)
     return Bound(stem, (), implementation if fused else "cudnn", reason)
 
 
-def _choice(op: str, x: Tensor, conv: Any) -> plan.Choice:
+def choice(op: str, x: Tensor, conv: Any) -> plan.Choice:
+    """What was settled for a convolution."""
     return ops.choice(op, x.device, x.dtype, ops.forced_backend(), conv)
+
+
+def fits(layer: ConvBiasAct | QuantizedConv) -> bool:
+    """Whether our convolutions have a layer's shape."""
+    side = layer.weight.shape[2]
+    return (
+        side in (1, 3)
+        and layer.weight.shape[3] == side
+        and layer.stride in ((1, 1), (2, 2))
+        and layer.padding == (side // 2, side // 2)
+        and layer.dilation == (1, 1)
+        and layer.groups == 1
+    )
 
 
 def _kernel(layer: ConvBiasAct, prepared: Prepared) -> Bound | None:
     """Our kernel for a layer; None for a shape that it isn't made for."""
-    side, stride = layer.weight.shape[2], layer.stride[0]
-    if (
-        layer.weight.shape[3] != side
-        or side not in (1, 3)
-        or layer.stride not in ((1, 1), (2, 2))
-        or layer.padding != (side // 2, side // 2)
-        or layer.dilation != (1, 1)
-        or layer.groups != 1
-    ):
+    if not fits(layer):
         return None
+    stride = layer.stride[0]
     weight, bias = channels_last(layer, prepared), float32_bias(layer, prepared)
     op = _OPS.conv_bias_act.default
 
@@ -107,7 +116,7 @@ def _library(layer: ConvBiasAct, residual: bool, prepared: Prepared) -> Bound:
     return Bound(run)
 
 
-def channels_last(layer: ConvBiasAct, prepared: Prepared) -> Tensor:
+def channels_last(layer: ConvBiasAct | QuantizedConv, prepared: Prepared) -> Tensor:
     """The weight as GPU kernels read it; PyTorch would copy it in every call."""
     return prepared.of(
         layer,

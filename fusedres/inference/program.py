@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fusedres import ops
-from fusedres.inference import block, gpu, onednn
+from fusedres.inference import block, gpu, gpu_int8, onednn
 from fusedres.inference.bound import Bound
+from fusedres.inference.fold import pads_zeros
 from fusedres.inference.layers import ConvBiasAct, Stem
 from fusedres.inference.prepared import Prepared
-from fusedres.inference.quantized import QuantizedConv
+from fusedres.inference.quantized import Dequantize, Quantize, QuantizedConv
 
 _ROUNDS = 4
 
@@ -144,6 +146,8 @@ class Program:
     def _bind(self, node: fx.Node, tensors: list[Tensor]) -> Bound:
         if node.op == "get_attr":
             return Bound(lambda: _attribute(self._net, str(node.target)))
+        if pads_zeros(node):
+            return Bound(_pad, node.args[1:])
         run: Any = node.target
         if node.op == "call_method":
             run = getattr(torch.Tensor, str(node.target))
@@ -186,10 +190,13 @@ class Program:
     def _bind_layer(self, layer: nn.Module, node: fx.Node, tensors: list[Tensor]) -> Bound | None:
         """What is better than calling the module; None if nothing is."""
         forced, x = ops.forced_backend(), tensors[0]
-        if not isinstance(layer, ConvBiasAct | QuantizedConv) or forced == "reference" or x.numel() == 0:
+        if forced == "reference" or x.numel() == 0:
             return None
         residual = tensors[1] if len(tensors) > 1 else None
         reuse = len(node.args) > 2
+        on_gpu = x.device.type == "cuda" or forced in ("triton", "cuda")
+        if on_gpu and isinstance(layer, Quantize | QuantizedConv):
+            return gpu_int8.bind(layer, tensors, self._read_as(node), self._prepared)
         if isinstance(layer, QuantizedConv):
             if x.device.type != "cpu":
                 return None
@@ -197,7 +204,9 @@ class Program:
                 layer, x, self._prepared, residual=residual is not None, reuse=reuse
             )
             return self._fastest(str(node.target), ways, tensors)
-        if x.device.type == "cuda" or forced in ("triton", "cuda"):
+        if not isinstance(layer, ConvBiasAct):
+            return None
+        if on_gpu:
             if isinstance(layer, Stem):
                 return gpu.bind_stem(layer, x, self._prepared)
             return gpu.bind_conv(layer, x, residual, self._prepared)
@@ -206,6 +215,23 @@ class Program:
                 return onednn.bind_stem(layer, x, self._prepared)
             return onednn.bind_conv(layer, x, self._prepared, residual=residual is not None, reuse=reuse)
         return None
+
+    def _read_as(self, node: fx.Node) -> torch.dtype | None:
+        """The dtype that all who read a layer's levels convert them to; None if one reads levels."""
+        dtypes = set()
+        for user in node.users:
+            reader = self._net.get_submodule(str(user.target)) if user.op == "call_module" else None
+            dtypes.add(reader.like.dtype if isinstance(reader, Dequantize) else None)
+        return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _pad(x: Tensor, pads: Sequence[int]) -> Tensor:
+    """F.pad with zeros, in channels_last: of a strided image with an odd side it makes NCHW.
+
+    Levels are padded where 0 is the lowest (see ``calibrate``).
+    """
+    zero = 0 if x.is_floating_point() else torch.iinfo(x.dtype).min
+    return F.pad(x, pads, value=zero).contiguous(memory_format=torch.channels_last)
 
 
 def _nodes_in(args: Any) -> list[fx.Node]:

@@ -263,6 +263,35 @@ def bottleneck_infer(
     conv_bias_act(inner[1], weight3, bias3, x, True, 1, z)
 
 
+def conv_int8(
+    x: Tensor,
+    border: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    residual_step: float,
+    floor: float,
+    stride: int,
+    z: Tensor,
+) -> None:
+    side, (n, _, height, width) = weight.shape[2] // 2, x.shape
+    padded = _per_channel(border).repeat(n, 1, height + 2 * side, width + 2 * side)
+    padded[:, :, side : side + height, side : side + width] = x
+    # integers up to 2^53 are exact in float64, which has a convolution on every device
+    sums = F.conv2d(padded.double(), weight.double(), None, stride) + _per_channel(offset)
+    u = sums.float() * _per_channel(scale) + _per_channel(bias)
+    if residual is not None:
+        u += residual * residual_step
+    u = torch.where(u < floor, floor, u)
+    z.copy_(torch.round(u).clamp(-128, 127) if z.dtype == torch.int8 else u)
+
+
+def quantize_int8(x: Tensor, step: float, zero: int, z: Tensor) -> None:
+    z.copy_(torch.round(_wide(x) / step + zero).clamp(-128, 127))
+
+
 def _output_gradient(du: Tensor, y: Tensor | None, y_stats: Tensor | None, y_sums: Tensor | None) -> Tensor:
     """The gradient of a convolution's raw output, from that behind its batch norm."""
     if y_stats is None:

@@ -27,7 +27,9 @@ from fusedres.ops import (
     cast_weights,
     conv,
     conv_bias_act,
+    conv_int8,
     global_avg_pool,
+    quantize_int8,
     stem,
 )
 from fusedres.ops.bottleneck_infer import shape_of as bottleneck_shape
@@ -64,6 +66,8 @@ OPS: dict[str, Op] = {
         conv,
         conv_bias_act,
         bottleneck_infer,
+        conv_int8,
+        quantize_int8,
         stem,
     )
     for name, op in module.OPS.items()

@@ -20,6 +20,7 @@ _CONVOLUTIONS: dict[str, Callable[[Any, Any], tuple[_Shape, _Shape]]] = {
     "conv_dgrad": lambda args, out: (args[0], args[4]),
     "conv_wgrad": lambda args, out: (args[0], args[7]),
     "conv_bias_act": lambda args, out: (out, args[1]),
+    "conv_int8": lambda args, out: (out, args[2]),
     "stem_conv": lambda args, out: (out[0], args[1]),
     "stem_wgrad": lambda args, out: (args[0], args[2]),
 }

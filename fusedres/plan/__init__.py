@@ -14,6 +14,7 @@ from fusedres.plan.conv import (
     BLOCK_OPS,
     CONV_BIAS_OPS,
     CONV_OPS,
+    INT8_OPS,
     STEM_OPS,
     Conv,
     likely,
@@ -35,6 +36,7 @@ __all__ = [
     "CONV_OPS",
     "DEVICE",
     "IMPLEMENTATIONS",
+    "INT8_OPS",
     "LEAST_VALUES",
     "LEAST_VALUES_OF",
     "MAXPOOL_OPS",
@@ -72,18 +74,20 @@ MAXPOOL_OPS = (
     "bias_relu_maxpool",
 )
 AVGPOOL_OPS = ("global_avg_pool", "global_avg_pool_backward")
-CONVOLUTIONS = (*CONV_OPS, *CONV_BIAS_OPS, *BLOCK_OPS, *STEM_OPS)
-ALL_OPS = (*BN_OPS, *MAXPOOL_OPS, *AVGPOOL_OPS, "cast_weights", *CONVOLUTIONS)
+# each a convolution (or three), so that a measurement may decide between ours and PyTorch's
+CONVOLUTIONS = (*CONV_OPS, *CONV_BIAS_OPS, *BLOCK_OPS, *INT8_OPS, *STEM_OPS)
+ALL_OPS = (*BN_OPS, *MAXPOOL_OPS, *AVGPOOL_OPS, "cast_weights", "quantize_int8", *CONVOLUTIONS)
 # a few ops save passes over what others, and PyTorch's own, do as well: where an implementation hasn't
 # got one of these the callers take those, also if it is forced
 COMPOSED = frozenset(ALL_OPS) - frozenset(BN_OPS)
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
+INT8_DTYPES = ("int8",)
 MIN_CAPABILITY = (8, 0)
 
 # the ops that each implementation has, and the kind of device it runs on
 OPS = {
     "cpu": frozenset(BN_OPS + MAXPOOL_OPS),
-    "triton": frozenset(BN_OPS + CONV_OPS + CONV_BIAS_OPS + STEM_OPS),
+    "triton": frozenset(BN_OPS + CONV_OPS + CONV_BIAS_OPS + INT8_OPS + STEM_OPS) | {"quantize_int8"},
     "cuda": frozenset(BN_OPS + MAXPOOL_OPS + AVGPOOL_OPS + CONV_BIAS_OPS + BLOCK_OPS)
     | {"cast_weights", "conv_fwd"},
 }
@@ -162,7 +166,7 @@ def lacks(name: str, problem: Problem) -> str | None:
     """Which kernel implementation ``name`` hasn't got, that others have; None if it has."""
     if problem.op not in OPS[name]:
         return f"{name} has no kernel for {problem.op}"
-    if name == "cuda" and problem.conv is not None and outside_kernels(problem.conv) is None:
+    if name == "cuda" and problem.conv is not None and outside_kernels(problem.op, problem.conv) is None:
         return outside_cuda(problem.op, problem.conv, problem.dtype, problem.capability)
     return None
 
@@ -176,10 +180,13 @@ def refusal(name: str, problem: Problem, unavailable: Mapping[str, str]) -> str 
     lacking = lacks(name, problem)
     if lacking is not None:
         return lacking
-    if problem.dtype not in KERNEL_DTYPES:
-        return f"no kernel for {problem.dtype} (there are float32, bfloat16 and float16)"
+    dtypes = INT8_DTYPES if problem.op in INT8_OPS else KERNEL_DTYPES
+    if problem.dtype not in dtypes:
+        *most, last = dtypes
+        there = f"there are {', '.join(most)} and {last}" if most else f"there is {last}"
+        return f"no kernel for {problem.dtype} ({there})"
     if problem.conv is not None:
-        why = outside_contract(problem.conv) or outside_kernels(problem.conv)
+        why = outside_contract(problem.conv) or outside_kernels(problem.op, problem.conv)
         if why is not None:
             return why
     if name == "triton" and problem.interpreted:

@@ -10,12 +10,14 @@ from typing import NamedTuple
 CONV_OPS = ("conv_fwd", "conv_dgrad", "conv_wgrad")
 CONV_BIAS_OPS = ("conv_bias_act",)
 BLOCK_OPS = ("bottleneck_infer",)
+INT8_OPS = ("conv_int8",)
 STEM_OPS = ("stem_conv", "stem_wgrad")
 
-# An H100's measured copy (bytes a second) and bf16 product (FLOP a second); on other chips it is their
+# An H100's measured copy (bytes a second) and bf16 product (FLOP a second; of int8 twice that, as its data
+# sheet has it); on other chips it is their
 # quotient that decides, and that differs little
 BANDWIDTH = 2.93e12
-PEAK = {"float32": 3.8e14, "bfloat16": 7.53e14, "float16": 7.53e14}
+PEAK = {"float32": 3.8e14, "bfloat16": 7.53e14, "float16": 7.53e14, "int8": 2 * 7.53e14}
 IEEE_PEAK = 5e13  # without tensor cores
 # what cuDNN reaches of them in ResNet-50's layers at batch 256, at the middle: 0.9 where memory bounds a
 # layer, 0.85 where arithmetic does
@@ -26,12 +28,14 @@ FUSED_COST = 1.3
 # cuDNN's time for a 3x3 of 64 channels and filters over what it reaches elsewhere: 1.9 times its floor
 NARROW, NARROW_COST = 64, 1.6
 STEM = 7  # side of its filters
+# what channels and filters have to be multiples of, for accesses of 16 bytes
+MULTIPLE, INT8_MULTIPLE = 8, 16
 # of a block in one launch: what its kernel is made for, the chips with 99 KB of shared memory for a block of
 # threads, and arithmetic that it does over what is needed (the border again, positions that aren't there)
 WHOLE_BLOCK_INNER, WHOLE_BLOCK_CHANNELS = (64, 128), 128
 LITTLE_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 WHOLE_BLOCK_FLOP = 1.5
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 class Conv(NamedTuple):
@@ -79,12 +83,13 @@ def outside_contract(conv: Conv) -> str | None:
     return None
 
 
-def outside_kernels(conv: Conv) -> str | None:
+def outside_kernels(op: str, conv: Conv) -> str | None:
     """Why the kernels don't take a shape that the ops take; None if they do."""
-    if conv.side == STEM and conv.filters % 8 == 0:
+    multiple = INT8_MULTIPLE if op in INT8_OPS else MULTIPLE
+    if conv.side == STEM and conv.filters % multiple == 0:
         return None
-    if conv.channels % 8 or conv.filters % 8:
-        return f"channels and filters must be multiples of 8, got {conv.channels} and {conv.filters}"
+    if conv.channels % multiple or conv.filters % multiple:
+        return f"channels and filters must be multiples of {multiple}, got {conv.channels} and {conv.filters}"
     return None
 
 
@@ -109,7 +114,7 @@ def outside_cuda(op: str, conv: Conv, dtype: str, capability: tuple[int, int] | 
 def predicted(op: str, conv: Conv, dtype: str) -> tuple[float, float]:
     """Seconds on an H100 of the fused kernel and of PyTorch's convolution with its batch-norm passes.
 
-    A prediction: bytes and FLOP against what memory and cuDNN reach. Of conv_bias_act without the residual,
+    A prediction: bytes and FLOP against what memory and cuDNN reach. Of a trained net's without the residual,
     which the fused kernel and cuDNN's read alike.
     """
     n, filters, height, width = conv.out_shape
@@ -118,10 +123,13 @@ def predicted(op: str, conv: Conv, dtype: str) -> tuple[float, float]:
     flop = 2 * n * filters * height * width * conv.channels * conv.side**2
     bandwidth = BANDWIDTH * REACHED_BANDWIDTH
 
-    def product(moved: int) -> float:
+    def product(moved: int, dtype: str = dtype) -> float:
         return max(moved / bandwidth, flop / ((IEEE_PEAK if conv.ieee else PEAK[dtype]) * REACHED_PEAK))
 
     plain = product(inputs + outputs)
+    if op in INT8_OPS:  # in bf16 there are two bytes to read and write, once more between two conversions
+        converted = product(2 * (inputs + outputs), "bfloat16") + 3 * (inputs + outputs) / bandwidth
+        return plain * FUSED_COST, converted
     if op in CONV_BIAS_OPS:  # cuDNN's is one pass as well
         narrow = conv.side == 3 and conv.channels == conv.filters == NARROW and not conv.ieee
         return plain * FUSED_COST, plain * (NARROW_COST if narrow else 1)

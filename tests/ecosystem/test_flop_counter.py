@@ -85,6 +85,15 @@ def test_a_whole_block():
     assert fused.get_total_flops() == count(eager).get_total_flops() > 0
 
 
+def test_an_8_bit_convolution():
+    levels = torch.zeros(2, 16, 9, 7, dtype=torch.int8)
+    weight, vectors = levels.new_zeros(32, 16, 3, 3), torch.zeros(2, 32)
+    given = (levels, levels[0, :, 0, 0].clone(), weight, vectors[0].int(), *vectors, None, 0.0, 0.0, 2)
+    fused = count(lambda: OPS.conv_int8(*given, torch.int8))
+    eager = count(lambda: F.conv2d(levels.float(), weight.float(), None, 2, 1))
+    assert fused.get_total_flops() == eager.get_total_flops() > 0
+
+
 def test_every_convolution_has_a_formula():
     convolutions = {name for name in ops.OPS if name.startswith(("conv_", "stem_", "bottleneck_"))}
     assert {str(op) for op in flop_registry if str(op).startswith("fusedres.")} == {

@@ -35,7 +35,7 @@ def role_of(name: str) -> str:
     """By the name that results give an implementation."""
     if name == EAGER:
         return EAGER
-    return FUSED if name == FUSED or name in ("auto", "triton", "cuda", "cpu") else PEER
+    return FUSED if name == FUSED or name in ("auto", "triton", "cuda", "cpu", "int8") else PEER
 
 
 def _versions(record: Record) -> list[str]:
