@@ -208,6 +208,11 @@ def _wide(t: Tensor) -> Tensor:
     return t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
 
 
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):  # it would round both to 16 bits again
+        return F.conv2d(_wide(x), _wide(weight), bias, stride, padding)
+
+
 def conv_fwd(
     x: Tensor,
     stats: Tensor | None,
@@ -227,7 +232,7 @@ def conv_fwd(
     if stats is not None:
         activation = torch.empty_like(x) if z is None else z
         bn_act(x, stats, residual, residual_stats, relu, activation)
-    y.copy_(F.conv2d(_wide(activation), _wide(weight), None, stride, weight.shape[2] // 2))
+    y.copy_(_convolve(activation, weight, None, stride, weight.shape[2] // 2))
     if y_stats is not None:
         bn_stats(y, norm_weight, norm_bias, eps, y_stats)
 
@@ -241,7 +246,7 @@ def conv_bias_act(
     stride: int,
     z: Tensor,
 ) -> None:
-    u = F.conv2d(_wide(x), _wide(weight), bias, stride, weight.shape[2] // 2)
+    u = _convolve(x, weight, bias, stride, weight.shape[2] // 2)
     if residual is not None:
         u += residual
     z.copy_(torch.relu(u) if relu else u)
@@ -364,7 +369,7 @@ def stem_conv(
     pixels.zero_()
     image = pixels[:, STEM_BORDER : STEM_BORDER + height, STEM_BORDER + 1 : STEM_BORDER + 1 + width]
     image[..., :STEM_CHANNELS] = x.permute(0, 2, 3, 1)
-    y.copy_(F.conv2d(_wide(x.to(y.dtype)), _wide(weight.to(y.dtype)), None, 2, STEM_BORDER))
+    y.copy_(_convolve(x.to(y.dtype), weight.to(y.dtype), None, 2, STEM_BORDER))
     if y_stats is not None:
         bn_stats(y, norm_weight, norm_bias, eps, y_stats)
 
