@@ -94,7 +94,7 @@ clean:
 
 .venv-core/torch:
 	$(PYTHON) -m venv .venv-core
-	$(CORE_BIN)/python $(PIP) $(CORE_TORCH) pytest pytest-benchmark pytest-xdist pillow
+	$(CORE_BIN)/python $(PIP) $(CORE_TORCH) 'pytest<9.2' pytest-benchmark pytest-xdist pillow
 	touch $@
 
 .venv-core/ready: .venv-core/torch $(BUILD) $(wildcard fusedres/*.py fusedres/*/*.py fusedres/*/*/*.py)
