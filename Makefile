@@ -12,8 +12,9 @@ EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/emulatio
 BUILD := CMakeLists.txt setup.py pyproject.toml $(CPP)
 HAS_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10))
 
-# tests run in a process for each core: threads of one would wait for those of another
-PARALLEL := OMP_NUM_THREADS=1
+# tests run in a process for each core: threads of one would wait for those of another, and where a test
+# starts some they sleep while they wait, instead of taking the core from those that they wait for
+PARALLEL := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
 # what runs in Triton's interpreter, and what compiles for every architecture
 CONVS := tests/test_conv_fwd.py tests/test_conv_bias_act.py tests/test_conv_int8.py tests/test_conv_dgrad.py \
@@ -96,7 +97,7 @@ clean:
 
 .venv-core/torch:
 	$(PYTHON) -m venv .venv-core
-	$(CORE_BIN)/python $(PIP) $(CORE_TORCH) pytest pytest-benchmark pytest-xdist pillow
+	$(CORE_BIN)/python $(PIP) $(CORE_TORCH) 'pytest<9.2' pytest-benchmark pytest-xdist pillow
 	touch $@
 
 .venv-core/ready: .venv-core/torch $(BUILD) $(wildcard fusedres/*.py fusedres/*/*.py fusedres/*/*/*.py)
