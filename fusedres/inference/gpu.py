@@ -64,10 +64,10 @@ def bind_stem(layer: Stem, x: Tensor, prepared: Prepared) -> Bound:
         return _OPS.stem_bias_act(x, weight, bias, None, None, True, x.dtype)  # type: ignore[no-any-return]
 
     if autotune.fused("stem_bias_act", x, shape, lambda one: (at_once if one else in_passes)(x)):
-        settled = choice("stem_bias_act", x, shape)
-        return Bound(at_once, (), settled.implementation, settled.reason)
-    settled = choice("stem_conv", x, shape)
-    return Bound(in_passes, (), settled.implementation if fused else "cudnn", settled.reason)
+        implementation, reason, _ = choice("stem_bias_act", x, shape)
+        return Bound(at_once, (), implementation, reason)
+    implementation, reason, _ = choice("stem_conv", x, shape)
+    return Bound(in_passes, (), implementation if fused else "cudnn", reason)
 
 
 def choice(op: str, x: Tensor, conv: Any) -> plan.Choice:
