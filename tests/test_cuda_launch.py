@@ -16,6 +16,7 @@ DEVICE = (4, 0)  # multiprocessors, the default stream
 MATRIX, IMAGE = ("float32", 6, 8), ("bfloat16", 2, 7, 5, 16)
 SOME = 256  # an address that is never used
 
+CONV = ("bfloat16", 2, 9, 7, 16, 24, 3, 1)
 STEM = ("bfloat16", 2, 9, 7, 16)
 STRIDES = (189, 63, 7, 1)
 IMAGES, FILTERS = ("uint8", SOME, STRIDES), ("float32", SOME, (147, 49, 7, 1))
@@ -47,6 +48,18 @@ LAUNCHES = {
     "cuda_global_avg_pool": ((*IMAGE, SOME, SOME), r"global_avg_pool of \[2, 16, 7, 5\]"),
     "cuda_global_avg_pool_backward": ((*IMAGE, SOME, SOME), r"global_avg_pool_backward of \[2, 16, 7, 5\]"),
     "cuda_cast_weights": (("bfloat16", [(SOME, SOME, 8, 3, 9)]), "cast_weights of 1 weights"),
+    "cuda_conv_fwd": (
+        (*CONV, SOME, SOME, True, SOME, 0, 0, 1e-5, SOME, SOME, SOME),
+        r"conv_fwd of \[2, 16, 9, 7\] by 24 filters 3x3/1",
+    ),
+    "cuda_conv_bias_act": (
+        (*CONV, SOME, SOME, 0, 0, True, SOME),
+        r"conv_bias_act of \[2, 16, 9, 7\] by 24 filters 3x3/1",
+    ),
+    "cuda_bottleneck_infer": (
+        ("float16", 2, 9, 7, 256, 64, *(SOME,) * 8),
+        r"bottleneck_infer of \[2, 256, 9, 7\] by 64 filters 3x3/1",
+    ),
     "cuda_stem_conv": (
         (*STEM, *IMAGES, *FILTERS, 0, 0, 1e-5, SOME, SOME, SOME, SOME),
         r"stem_conv of \[2, 3, 9, 7\] by 16 filters",
@@ -104,6 +117,11 @@ def test_a_launch_error_names_the_kernel_and_its_problem(name):
             r"bias_relu_maxpool of .* 2\^31 pixels",
         ),
         ("cuda_bias_relu_maxpool", {7: 0}, "z must not be null"),
+        ("cuda_conv_fwd", {15: 0}, "workspace must not be null"),
+        ("cuda_bottleneck_infer", {4: 192}, "channels must be a multiple of 128, got 192"),
+        ("cuda_bottleneck_infer", {5: 32}, "16 bits and 64 or 128 inner channels, got 16 and 32"),
+        ("cuda_bottleneck_infer", {0: "float32"}, "got 32 and 64"),
+        ("cuda_bottleneck_infer", {8: 0}, "bias1 must not be null"),
         ("cuda_stem_conv", {1: 0}, "a convolution must not be empty"),
         ("cuda_stem_conv", {4: 12}, "filters must be a multiple of 8, got 12"),
         ("cuda_stem_conv", {5: "int8"}, "dtype must be float32, bfloat16 or float16, got int8"),
