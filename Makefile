@@ -12,14 +12,16 @@ EMULATION := $(wildcard tests/emulation/*.h tests/emulation/*.cpp tests/emulatio
 BUILD := CMakeLists.txt setup.py pyproject.toml $(CPP)
 HAS_TORCH := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10))
 
-# tests run in a process for each core: threads of one would wait for those of another
-PARALLEL := OMP_NUM_THREADS=1
+# tests run in a process for each core: threads of one would wait for those of another, and where a test
+# starts some they sleep while they wait, instead of taking the core from those that they wait for
+PARALLEL := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
 # what runs in Triton's interpreter, and what compiles for every architecture
-CONVS := tests/test_conv_fwd.py tests/test_conv_bias_act.py tests/test_conv_dgrad.py tests/test_conv_wgrad.py tests/test_stem_conv.py
+CONVS := tests/test_conv_fwd.py tests/test_conv_bias_act.py tests/test_conv_int8.py tests/test_conv_dgrad.py \
+	tests/test_conv_wgrad.py tests/test_stem_conv.py
 INTERPRETED := tests/test_gpu_kernels.py $(CONVS) tests/test_conv_bn_act.py tests/test_stem.py tests/test_traffic.py \
-	tests/test_inference_gpu.py
-CODEGEN := tests/test_triton_codegen.py tests/test_cuda_codegen.py $(CONVS)
+	tests/test_inference_gpu.py tests/test_quantize_gpu.py tests/test_quantize_int8.py
+CODEGEN := tests/test_triton_codegen.py tests/test_cuda_codegen.py tests/test_quantize_int8.py $(CONVS)
 
 .PHONY: demo test test-full lint test-main test-interpreted test-emulated test-core codegen matrix bench format clean
 
@@ -54,8 +56,8 @@ test-interpreted: .venv/ready
 test-emulated: .venv/ready
 	variables=$$($(BIN)/python tests/emulation/build.py --env); status=$$?; \
 	if [ $$status = 77 ]; then exit 0; fi; \
-	[ $$status = 0 ] && env $$variables $(BIN)/python -m pytest tests/emulation tests/test_gpu_kernels.py \
-		tests/test_bn_relu_maxpool.py tests/test_bias_relu_maxpool.py tests/test_global_avg_pool.py tests/test_cast_weights.py \
+	[ $$status = 0 ] && env $$variables $(BIN)/python -m pytest -n auto --dist worksteal \
+		tests/emulation tests/test_gpu_kernels.py tests/test_bn_relu_maxpool.py tests/test_bias_relu_maxpool.py tests/test_global_avg_pool.py tests/test_cast_weights.py \
 		tests/test_conv_dgrad.py
 
 # a plain install without nvcc, Triton and torchvision, on another PyTorch; the real data are test-main's
@@ -72,6 +74,7 @@ matrix:
 
 bench: .venv/ready
 	$(BIN)/python -m pytest benchmarks --benchmark-only --full --benchmark-autosave
+	$(BIN)/python benchmarks/scaling.py --out .benchmarks/scaling.jsonl
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
@@ -95,7 +98,7 @@ clean:
 
 .venv-core/torch:
 	$(PYTHON) -m venv .venv-core
-	$(CORE_BIN)/python $(PIP) $(CORE_TORCH) pytest pytest-benchmark pytest-xdist pillow
+	$(CORE_BIN)/python $(PIP) $(CORE_TORCH) 'pytest<9.2' pytest-benchmark pytest-xdist pillow
 	touch $@
 
 .venv-core/ready: .venv-core/torch $(BUILD) $(wildcard fusedres/*.py fusedres/*/*.py fusedres/*/*/*.py)

@@ -1,9 +1,10 @@
 """Everything that a GPU can tell about this package, in one command of under nine minutes.
 
-``python benchmarks/gpu_check.py`` works offline and runs the parts below in order, the most valuable
-first, each in a process of its own: one that fails, crashes or hangs takes no other with it. Every
-measurement is a line of OUT/results.jsonl at once; OUT/summary.txt is short. A new part is a function
-of a Check, and a row of PARTS.
+``python benchmarks/gpu_check.py`` works offline, installs the checkout if it has to, and runs the parts
+below in order, the most valuable first, each in a process of its own: one that fails, crashes or hangs
+takes no other with it. Every measurement is a line of OUT/results.jsonl at once; OUT/summary.txt is short,
+OUT/report.html and the PNGs beside it show what was measured. A new part is a function of a Check, and a
+row of PARTS.
 """
 
 from __future__ import annotations
@@ -19,19 +20,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import gpu_check_install
 from gpu_check_run import END, HEADER, Check, Part, Record, Results, deadline, run_here, run_parts
 
 try:
     import gpu_check_convs
+    import gpu_check_figures
     import gpu_check_inference
+    import gpu_check_jax
     import gpu_check_net
     import gpu_check_ops
+    import gpu_check_sanitizer
     import torch
 
     from fusedres import kernels
     from fusedres.cli import machine
 except ImportError as error:
-    sys.exit(f"gpu_check: error: fusedres can't be imported, pip install . in the checkout first ({error})")
+    gpu_check_install.install_and_restart(__file__, sys.argv[1:], error)
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL = 525.0  # seconds
@@ -40,17 +45,23 @@ _MOST_WRONG = 10  # named in the summary of a part
 
 # in order; the seconds add up to less than TOTAL
 PARTS = {
-    "correct": Part(gpu_check_net.correct, 100, gpu_check_net.show_correct),
+    "correct": Part(gpu_check_net.correct, 80, gpu_check_net.show_correct),
     "copy": Part(gpu_check_ops.copy, 15, gpu_check_ops.show_copy),
     # what it finds stays on disk: the parts behind it run with that
-    "autotune": Part(gpu_check_convs.tune, 90, gpu_check_convs.show_tune),
-    "train": Part(gpu_check_net.train, 65, gpu_check_net.show_train),
-    "inference": Part(gpu_check_inference.inference, 55, gpu_check_inference.show_inference),
-    "convs": Part(gpu_check_convs.convs, 40, gpu_check_convs.show_convs),
-    "ops": Part(gpu_check_ops.ops, 35, gpu_check_ops.show_ops),
-    "compile": Part(gpu_check_net.compiled, 105, gpu_check_net.show_train),
+    "autotune": Part(gpu_check_convs.tune, 60, gpu_check_convs.show_tune),
+    "train": Part(gpu_check_net.train, 50, gpu_check_net.show_train),
+    "inference": Part(gpu_check_inference.inference, 40, gpu_check_inference.show_inference),
+    "convs": Part(gpu_check_convs.convs, 35, gpu_check_convs.show_convs),
+    "ops": Part(gpu_check_ops.ops, 30, gpu_check_ops.show_ops),
+    "compile": Part(gpu_check_net.compiled, 65, gpu_check_net.show_train),
+    "frozen": Part(gpu_check_inference.frozen, 40, gpu_check_inference.show_inference),
     "graph": Part(gpu_check_net.graph, 15, gpu_check_net.show_graph),
+    "jax": Part(gpu_check_jax.jax_nets, 40, gpu_check_jax.show_jax),
+    "sanitizer": Part(gpu_check_sanitizer.sanitizer, 30, gpu_check_sanitizer.show_sanitizer),
+    "figures": Part(gpu_check_figures.figures, 25, gpu_check_figures.show_figures),
 }
+# what a part runs in a process of its own again
+WITHIN = {gpu_check_sanitizer.RUN: Part(gpu_check_sanitizer.kernels, 0)}
 
 
 class CheckError(Exception):
@@ -85,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     # how a part's process is told what to do
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, default=60.0, help=argparse.SUPPRESS)
+    parser.add_argument(gpu_check_install.OPTION, type=float, help=argparse.SUPPRESS)
     return parser
 
 
@@ -101,7 +113,7 @@ def main(
         if args.device == "cpu":  # whatever else runs on the machine: threads that wait for each other crawl
             torch.set_num_threads(1)
         check = Check(args.run, args.device, args.tiny, args.out, deadline(args.limit))
-        return run_here(parts[args.run], check)
+        return run_here({**parts, **WITHIN}[args.run], check)
     if args.list:
         for name, part in parts.items():
             print(f"{name:<10}{part.seconds:>5.0f} s")
@@ -121,7 +133,7 @@ def _check(
     folder = _folder(args.out, facts["machine"]["device_name"], args.tiny)
     results = Results(folder)
     command_line = shlex.join(["python", "benchmarks/gpu_check.py", *arguments])
-    results.add(HEADER, HEADER, command=command_line, parts=list(chosen), **facts)
+    results.add(HEADER, HEADER, command=command_line, parts=list(chosen), installed_s=args.installed, **facts)
 
     def command(name: str, limit: float) -> list[str]:
         settings = ["--device", args.device, *(["--tiny"] if args.tiny else []), "--out", str(folder)]
@@ -130,7 +142,7 @@ def _check(
     interrupted = False
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no part is left running
     try:
-        run_parts(chosen, command, folder, total)
+        run_parts(chosen, command, folder, total - (args.installed or 0.0))
     except KeyboardInterrupt:
         interrupted = True
     records = results.latest()

@@ -23,6 +23,7 @@ _TINY_GROUPS = 4
 # nearer to 0 than this the sign of a sum, and so a ReLU's mask, may depend on its rounding
 _UNSURE = 1e-4
 _POOL = (3, 2, 1)  # of the stem: size, stride, padding
+_STEP = 0.03  # of levels
 _OPS = torch.ops.fusedres
 
 Outputs = tuple[Tensor, ...]
@@ -64,6 +65,7 @@ def _sizes(shape: Sequence[int], dtype: torch.dtype) -> dict[str, traffic.Full]:
         **traffic.activations(values, name, *full),
         **traffic.pooled((n, c, h, w), name),
         **traffic.activations(n * c, name, "means", "dmeans"),
+        **traffic.activations(values, "int8", "levels"),
     }
 
 
@@ -305,6 +307,11 @@ def _stem_cases(shape: tuple[int, ...], device: str, dtype: torch.dtype) -> Iter
         "bias_relu_maxpool",
         lambda t: (_OPS.bias_relu_maxpool(t.x, None),),
         lambda t: lambda: (F.max_pool2d(F.relu(t.x), *_POOL),),
+    )
+    yield case(
+        "quantize_int8",
+        lambda t: (_OPS.quantize_int8(t.x, _STEP, 0),),
+        lambda t: lambda: ((t.x.float() / _STEP).round().clamp(-128, 127).to(torch.int8),),
     )
     yield case("bn_relu_maxpool", lambda t: _OPS.bn_relu_maxpool(t.x, t.stats))
     yield case("bn_relu_maxpool_backward_reduce", lambda t: (_pool_reduce(t),))

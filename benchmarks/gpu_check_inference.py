@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,19 +16,35 @@ from fusedres import kernels, plan
 from fusedres.cli.bench import eager, measure, workload
 from fusedres.cli.bench.workload import Step
 
+_BACKENDS = {"int8": "auto"}
 _MODELS = {True: "resnet18", False: "resnet50"}  # by tiny
 _LEAST_MEMORY = 40 << 30  # bytes, for a batch of 256
 _TOLERANCE = 2.0  # of eager's own error
+_INT8_ERROR = 0.1  # of the logits, in the Euclidean norm
+_CALIBRATION = 8  # images
 
 
 def inference(check: Check) -> None:
     """Images a second of a large batch and milliseconds of one image, against the converted model."""
+    _inference(check, ("auto", "triton", "int8"), (_large(check), 1))
+    for key, measured in plan.MEASURED.items():
+        if key.op in (*plan.CONV_BIAS_OPS, *plan.BLOCK_OPS, *plan.INT8_OPS):
+            check.record(
+                "choice", op=key.op, conv=list(key.conv), dtype=key.dtype, best=measured.best, us=measured.us
+            )
+
+
+def frozen(check: Check) -> None:
+    """The same against torch.compile with freezing: by itself, since that may take long to compile."""
+    _inference(check, ("auto", "compile"), (_large(check),))
+
+
+def _inference(check: Check, names: Sequence[str], batches: Sequence[int]) -> None:
     device = torch.device(check.device)
     net, dtype = _MODELS[check.tiny], torch.float32 if check.tiny else torch.bfloat16
     model, origin = eager.build(net)
     model.to(device)
     size = 64 if check.tiny else 224
-    batches = (2, 1) if check.tiny else (256 if _is_large(device) else 64, 1)
     workload.prepare(model, torch.randn(8, 3, size, size, device=device))
     model.eval()
     ours = getattr(fusedres, net)().to(device).eval()
@@ -34,38 +52,50 @@ def inference(check: Check) -> None:
     for batch in batches:
         images = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
         facts = {"model": net, "batch": batch, "dtype": str(dtype).removeprefix("torch."), "eager": origin}
-        _measure(check, model, ours, images, dtype, facts)
-    for key, measured in plan.MEASURED.items():
-        if key.op == "conv_bias_act":
-            check.record("choice", conv=list(key.conv), dtype=key.dtype, best=measured.best, us=measured.us)
+        _measure(check, names, model, ours, images, dtype, facts)
 
 
-def _is_large(device: torch.device) -> bool:
-    return torch.cuda.get_device_properties(device).total_memory >= _LEAST_MEMORY
+def _large(check: Check) -> int:
+    if check.tiny:
+        return 2
+    return 256 if torch.cuda.get_device_properties(check.device).total_memory >= _LEAST_MEMORY else 64
 
 
 @torch.inference_mode()
 def _measure(
-    check: Check, model: nn.Module, ours: nn.Module, images: Tensor, dtype: torch.dtype, facts: Record
+    check: Check,
+    names: Sequence[str],
+    model: nn.Module,
+    ours: nn.Module,
+    images: Tensor,
+    dtype: torch.dtype,
+    facts: Record,
 ) -> None:
     converted = copy.deepcopy(model).to(dtype).to(memory_format=torch.channels_last)
     expected = copy.deepcopy(model).double()(images[:8].double())
     given = images.to(dtype)
     allowed = _TOLERANCE * _error(converted(given[:8]), expected) + torch.finfo(dtype).eps
     steps: dict[str, Step] = {"eager": lambda: converted(given)}
-    for name in ("auto", "triton"):
+    for name in names:
         if name == "triton" and (check.device == "cpu" or name in kernels.unavailable()):
             check.record(
                 "not measured", implementation=name, reason=kernels.unavailable().get(name, "no GPU")
             )
             continue
         try:
-            steps[name] = _side(ours, given, dtype, name)
-            error = _error(_side_logits(ours, given[:8], dtype, name), expected)
-        except Exception as failure:
+            if name == "compile":
+                side = _compiled(converted, given, check.tiny)
+                steps[name], logits = (lambda side=side: side(given)), side(given)[:8]
+            else:
+                steps[name] = _side(ours, given, dtype, name)
+                logits = _side_logits(ours, given[:8], dtype, name)
+            error = _error(logits, expected)
+        except Exception as failure:  # torch.compile needs a compiler, to begin with
+            steps.pop(name, None)
             check.record("first call", ok=False, implementation=name, error=str(failure).strip()[:300])
             continue
-        wrong = None if error <= allowed else f"relative error {error:.2e}, allowed {allowed:.2e}"
+        most = _INT8_ERROR if name == "int8" else allowed
+        wrong = None if error <= most else f"relative error {error:.2e}, allowed {most:.2e}"
         check.record("first call", ok=wrong is None, implementation=name, relative_error=error, error=wrong)
     measure.release_free_memory(images.device)
     rounds, warmup = (2, 1) if check.tiny else (30, 5) if len(images) > 1 else (200, 20)
@@ -83,20 +113,42 @@ def _measure(
         )
 
 
-def _side(model: nn.Module, given: Tensor, dtype: torch.dtype, backend: str) -> Step:
-    with fusedres.backend(backend):
-        optimised = fusedres.optimize_for_inference(model, dtype, given)
+def _compiled(model: nn.Module, given: Tensor, tiny: bool) -> Any:
+    """Its first call is done; tiny runs the logic, and needs no compiler."""
+    from torch._inductor import config
+
+    with config.patch(freezing=True):
+        side = torch.compile(model, backend="aot_eager" if tiny else "inductor")
+        side(given)
+    return side
+
+
+def _side(model: nn.Module, given: Tensor, dtype: torch.dtype, name: str) -> Step:
+    optimised = _optimised(model, given, dtype, name)
 
     def step() -> Any:
-        with fusedres.backend(backend):
+        with fusedres.backend(_BACKENDS.get(name, name)):
             return optimised(given)
 
+    step()
     return step
 
 
-def _side_logits(model: nn.Module, given: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    with fusedres.backend(backend):
-        return fusedres.optimize_for_inference(model, dtype)(given)
+def _side_logits(model: nn.Module, given: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    return _side(model, given, dtype, name)()
+
+
+def _optimised(model: nn.Module, given: Tensor, dtype: torch.dtype, name: str) -> nn.Module:
+    if name == "int8":
+        return _in_8_bits(model, dtype, given.shape[2], given.device)
+    return fusedres.optimize_for_inference(model, dtype)
+
+
+@functools.cache
+def _in_8_bits(model: nn.Module, dtype: torch.dtype, size: int, device: torch.device) -> nn.Module:
+    """Once for all batches."""
+    calibration = torch.randn(_CALIBRATION, 3, size, size)
+    return fusedres.quantize_for_inference(copy.deepcopy(model).cpu(), calibration, dtype).to(device)
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
@@ -114,8 +166,10 @@ def show_inference(records: list[Record]) -> list[str]:
             )
         elif record["name"] == "not measured":
             lines.append(f"{record['implementation']}: not measured, {record['reason']}")
-    ours = [record for record in records if record["name"] == "choice"]
-    if ours:
-        count = sum(record["best"] == "triton" for record in ours)
-        lines.append(f"{count} of {len(ours)} shapes run by our convolution, the others by cuDNN's")
+    for op in (*plan.CONV_BIAS_OPS, *plan.BLOCK_OPS, *plan.INT8_OPS):
+        best = [record["best"] for record in records if record["name"] == "choice" and record["op"] == op]
+        if best:
+            lines.append(
+                f"{op}: {best.count('triton')} of {len(best)} shapes run by ours, the others by cuDNN's"
+            )
     return lines

@@ -29,7 +29,7 @@ _ENOUGH = 5.0  # seconds, for a group of cases
 _ABSOLUTE = 1e-5
 _RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 _FEW = 1e-5
-_FEW_PLACES = 1e-3  # of a maximum, where two values are next to equal
+_FEW_PLACES = 1e-3  # of a maximum, where two values are next to equal; of levels, next to a tie
 _OF_A_SUM = 1e-4  # of the largest in its row
 _SAME_THING = 0.1  # ATen, which rounds in between, in the Euclidean norm
 
@@ -196,9 +196,9 @@ def gate(run: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor]) -> tup
     for index, (ours, reference) in enumerate(zip(results, expected, strict=True)):
         if ours.shape != reference.shape:
             return f"output {index} has the shape {list(ours.shape)}, not {list(reference.shape)}", worst
-        if ours.dtype == torch.uint8:
+        if not ours.is_floating_point():
             off, allowed = (ours != reference).float().mean().item(), _FEW_PLACES
-            unit = "of the places"
+            unit = "of the places" if ours.dtype == torch.uint8 else "of the levels"
         elif ours.dim() == 2:
             scale = reference.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
             off, allowed = (

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fusedres import plan
 from fusedres.cli.bench.eager import EagerBlock, EagerResNet
+from fusedres.cli.roofline import nets
+from fusedres.plan import traffic
 
 IMAGE_SIZE = 224
 
@@ -50,6 +53,10 @@ class Conv(NamedTuple):
         kernel, image = f"{self.size}x{self.size}/{self.stride}", f"{self.inputs}x{self.height}x{self.width}"
         return f"{kernel} {image} -> {self.outputs}"
 
+    def planned(self, batch: int) -> plan.Conv:
+        """The same of ``batch`` images, for counts of bytes and FLOP."""
+        return plan.Conv(batch, self.inputs, self.height, self.width, self.outputs, self.size, self.stride)
+
 
 class Block(NamedTuple):
     """A residual block: its input's channels and size, its ``planes``, stride and number of convolutions."""
@@ -68,6 +75,18 @@ class Block(NamedTuple):
         if self.depth == 2:
             return (inputs, planes, 3, self.stride), (planes, planes, 3, 1)
         return (inputs, planes, 1, 1), (planes, planes, 3, self.stride), (planes, 4 * planes, 1, 1)
+
+    def planned(self, batch: int) -> nets.Block:
+        """The same of ``batch`` images, for counts of bytes and FLOP."""
+        convs, height, width = [], self.height, self.width
+        for inputs, outputs, size, stride in self.convolutions:
+            convs.append(plan.Conv(batch, inputs, height, width, outputs, size, stride))
+            height, width = convs[-1].out_shape[2:]
+        outputs = self.convolutions[-1][1]
+        projection = None
+        if self.stride != 1 or self.inputs != outputs:
+            projection = plan.Conv(batch, self.inputs, self.height, self.width, outputs, 1, self.stride)
+        return nets.Block("block", tuple(convs), projection)
 
     def output(self, batch: int) -> tuple[int, int, int, int]:
         size = ((side - 1) // self.stride + 1 for side in (self.height, self.width))
@@ -102,6 +121,23 @@ def layers(model: str, image_size: int = IMAGE_SIZE) -> Counter[Norm | Conv]:
 
 def _named(see: Any, name: str) -> Any:
     return lambda module, inputs: see(name, module, inputs)
+
+
+def convs(models: Iterable[str], largest: int | None = None) -> list[Conv]:
+    """The distinct convolutions of ``models`` behind the stem's.
+
+    Args:
+        models: names.
+        largest: only so many of each model, those that together compute most.
+    """
+    chosen: dict[Conv, None] = {}
+    for model in models:
+        counts = {
+            layer: n for layer, n in layers(model).items() if isinstance(layer, Conv) and layer.inputs > 3
+        }
+        by_size = sorted(counts, key=lambda conv: counts[conv] * traffic.flop(conv.planned(1)), reverse=True)
+        chosen |= dict.fromkeys(by_size[:largest])
+    return list(chosen)
 
 
 def norms(models: Iterable[str], largest: int | None = None) -> list[Norm]:

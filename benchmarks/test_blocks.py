@@ -1,21 +1,21 @@
-"""Residual blocks in training, fused against eager PyTorch: ResNet-18's and 50's, and tiny ones.
+"""Residual blocks in training: ResNet-18's and 50's, and tiny ones.
 
 A tiny block shows what the Python around the kernels costs.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from compare import BITS, FUSED, LAYOUTS, SIDES, Case, Side, in_layout
 from shapes import Block
 from torch import Tensor, nn
 
-from fusedres.cli.bench import check
+from fusedres.cli import roofline
 from fusedres.cli.bench.eager import EagerBlock
 from fusedres.nn import BasicBlock, Bottleneck
 
@@ -35,93 +35,75 @@ def eager_block(block: Block) -> nn.Module:
     return kind(block.inputs, block.planes, block.stride, plain.downsample)  # type: ignore[no-any-return]
 
 
-def sides(block: Block, device: torch.device) -> dict[str, nn.Module]:
-    """The same block, with the same values."""
-    torch.manual_seed(0)
-    plain: Any = eager_block(block)
+def fused_block(block: Block, plain: Any) -> nn.Module:
+    """With the same values."""
     kind = BasicBlock if block.depth == 2 else Bottleneck
-    fused = kind(block.inputs, block.planes, block.stride, copy.deepcopy(plain.downsample))
+    fused = kind(block.inputs, block.planes, block.stride, plain.downsample)
     fused.load_state_dict(plain.state_dict())
-    both = {"fused": fused, "eager": plain}
-    return {name: side.to(device, memory_format=torch.channels_last) for name, side in both.items()}
+    return fused
 
 
-def observe(side: nn.Module, x: Tensor, grad: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def forward(side: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return side(x)  # type: ignore[no-any-return]
+
+
+def step(side: nn.Module, x: Tensor, grad: Tensor, backward: bool) -> None:
+    with torch.set_grad_enabled(backward):
+        out = forward(side, x, grad.dtype)
+    if backward:
+        torch.autograd.grad(out, [x, *side.parameters()], grad)
+
+
+def observe(side: nn.Module, x: Tensor, grad: Tensor, backward: bool) -> Any:
     """Output, running statistics, and every gradient."""
-    x = x.detach().requires_grad_()
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=grad.dtype == torch.bfloat16):
-        out = side(x)
-    leaves = {"x": x} | dict(side.named_parameters())
-    gradients = torch.autograd.grad(out, list(leaves.values()), grad)
-    buffers = {name: value.clone() for name, value in side.named_buffers()}
-    return {"out": out.detach()} | buffers, dict(zip(leaves, gradients, strict=True))
+    with torch.set_grad_enabled(backward):
+        out = forward(side, x, grad.dtype)
+    named = getattr(side, "_orig_mod", side)  # behind torch.compile: the names without its prefix
+    gradients: dict[str, Tensor] = {}
+    if backward:
+        leaves = {"x": x} | dict(named.named_parameters())
+        found = torch.autograd.grad(out, list(leaves.values()), grad)
+        gradients = dict(zip(leaves, found, strict=True))
+    return {"out": out.detach()} | {name: t.clone() for name, t in named.named_buffers()}, gradients
 
 
-def step_of(side: nn.Module, x: Tensor, grad: Tensor, backward: bool) -> Callable[[], object]:
-    leaves = [x, *side.parameters()]
-    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=grad.dtype == torch.bfloat16)
+def make(block: Block, dtype: torch.dtype, backward: bool, batch: int, device: torch.device) -> Case:
+    torch.manual_seed(0)
+    plain = eager_block(block).to(device)
+    x = torch.randn(batch, block.inputs, block.height, block.width, device=device).to(dtype)
+    grad = torch.randn(*block.output(batch), device=device).to(dtype)
 
-    def step() -> None:
-        with torch.set_grad_enabled(backward), autocast:
-            out = side(x)
-        if backward:
-            torch.autograd.grad(out, leaves, grad)
+    def side(name: str) -> Side:
+        module = in_layout(fused_block(block, plain) if name == FUSED else plain, name)
+        own, of_output = (t.contiguous(memory_format=LAYOUTS[name]) for t in (x, grad))
+        arguments = (module, own.requires_grad_(backward), of_output, backward)
+        return Side(functools.partial(step, *arguments), functools.partial(observe, *arguments))
 
-    return step
-
-
-def run(
-    block: Block, dtype: torch.dtype, backward: bool, implementation: str, batch: int, **settings
-) -> None:
-    measure, device = settings.pop("measure"), settings.pop("device")
-    both = sides(block, device)
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch, block.inputs, block.height, block.width)
-    x, grad = (
-        torch.randn(of, generator=generator).to(device, dtype, memory_format=torch.channels_last)
-        for of in (shape, block.output(batch))
-    )
-    wide = copy.deepcopy(both["eager"]).double()
-    expected = observe(wide, x.double(), grad.double())
-    errors = {name: check.errors(observe(side, x, grad), expected) for name, side in both.items()}
-    failure = check.failure(errors["fused"], errors["eager"], dtype)
-    assert failure is None, str(failure)
-
-    steps = {name: step_of(side, x.requires_grad_(backward), grad, backward) for name, side in both.items()}
-    other = "eager" if implementation == "fused" else "fused"
-    bits = "bf16" if dtype == torch.bfloat16 else "fp32"
-    measure(
-        steps[implementation],
-        f"{block} {'forward+backward' if backward else 'forward'}, batch {batch}, {bits}",
-        implementation,
-        dtype,
-        against=(other, steps[other]),
-        shape=list(shape),
-        error=max(errors[implementation].worst_output, errors[implementation].worst_gradient or 0.0),
-        **settings,
-    )
+    wide = in_layout(plain, "eager").double()
+    expected = observe(wide, x.double().requires_grad_(backward), grad.double(), backward)
+    placed = roofline.block_passes(block.planned(batch), str(dtype).removeprefix("torch."), backward)
+    sides = {name: functools.partial(side, name) for name in SIDES}
+    return Case(sides, expected, x.shape, dtype, [each.work for each in placed])
 
 
-@pytest.mark.parametrize("implementation", ["fused", "eager"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_block(
-    block: Block, dtype: torch.dtype, backward: bool, implementation: str, measure, device
-) -> None:
-    run(block, dtype, backward, implementation, BATCH, measure=measure, device=device)
+def title(block: Block, dtype: torch.dtype, backward: bool, batch: int) -> str:
+    return f"{block}, {BITS[dtype]}, batch {batch}, {'forward+backward' if backward else 'forward'}"
 
 
-@pytest.mark.parametrize("implementation", ["fused", "eager"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", list(BITS), ids=list(BITS.values()))
+def test_block(block: Block, dtype: torch.dtype, backward: bool, side: str, measure, device) -> None:
+    measure(title(block, dtype, backward, BATCH), side, lambda: make(block, dtype, backward, BATCH, device))
+
+
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("kind", TINY)
-def test_overhead(kind: str, backward: bool, implementation: str, measure, device) -> None:
-    run(
-        TINY[kind],
-        torch.float32,
-        backward,
-        implementation,
-        1,
-        measure=measure,
-        device=device,
+def test_overhead(kind: str, backward: bool, side: str, measure, device) -> None:
+    block, dtype = TINY[kind], torch.float32
+    measure(
+        title(block, dtype, backward, 1),
+        side,
+        lambda: make(block, dtype, backward, 1, device),
         rounds=TINY_ROUNDS,
     )

@@ -1,94 +1,101 @@
-"""Whole nets: a training step and inference, fused against eager PyTorch, at a small batch."""
+"""Whole nets: a training step and inference, at a small batch."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
+from compare import BITS, COMPILE, EAGER, FUSED, LAYOUTS, SIDES, Case, Side, in_layout
 from torch import Tensor, nn
 
 import fusedres
+from fusedres.cli import roofline
 from fusedres.cli.bench import check, eager, workload
-from fusedres.cli.bench.sides import Converted
+from fusedres.cli.bench.sides import Converted, frozen
+from fusedres.cli.bench.workload import Workload
 
 BATCH = 4
 IMAGE_SIZE = 224
-STEPS = {"train": workload.training_step, "inference": workload.inference_step}
+LEVEL = {"train": "block", "inference": "conv-pool"}  # of fusion, that is built
+
+each_mode = pytest.mark.parametrize("mode", list(LEVEL))
+each_dtype = pytest.mark.parametrize("dtype", list(BITS), ids=list(BITS.values()))
 
 
-@pytest.mark.parametrize("implementation", ["fused", "eager"])
-@pytest.mark.parametrize("mode", STEPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_model(model: str, dtype: torch.dtype, mode: str, implementation: str, measure, device) -> None:
+def case(
+    model: str,
+    plain: nn.Module,
+    fused: nn.Module,
+    batch: Workload,
+    mode: str,
+    names: tuple[str, ...] = SIDES,
+) -> Case:
+    """Sides of the same net: ``plain`` and ``fused`` have the same values."""
+
+    def make(name: str) -> Side:
+        images = batch.images.contiguous(memory_format=LAYOUTS[name])
+        own = dataclasses.replace(batch, images=images)
+        net = fused if name == FUSED else plain
+        if mode == "train":
+            net = in_layout(net, name)
+            step = workload.training_step(net, own)
+            return Side(step, functools.partial(check.observe, net, own, mode))
+        run = _inference(name, net, own)
+        return Side(workload.inference_step(run, own), functools.partial(check.infer, run, own))
+
+    for net in (plain, fused):
+        net.to(batch.device, memory_format=torch.channels_last).train(mode == "train")
+    dtype = str(batch.dtype).removeprefix("torch.")
+    n, _, size, _ = batch.images.shape
+    work = [placed.work for placed in roofline.passes(LEVEL[mode], model, n, size, dtype)]
+    sides = {name: functools.partial(make, name) for name in names}
+    return Case(sides, check.reference(plain, batch, mode), batch.images.shape, batch.dtype, work)
+
+
+def _inference(name: str, net: nn.Module, batch: Workload) -> Callable[[Tensor], Tensor]:
+    if name == FUSED:
+        return fusedres.optimize_for_inference(net, batch.dtype)
+    if name == COMPILE:
+        torch.compiler.reset()
+        return frozen(net, batch)
+    return Converted(in_layout(net, name), batch.dtype)
+
+
+def random_images(batch: int, dtype: torch.dtype, device: torch.device) -> Workload:
     torch.manual_seed(0)
-    batch = workload.make(BATCH, IMAGE_SIZE, dtype, torch.channels_last, device, seed=0)
-    nets = {"fused": getattr(fusedres, model)(), "eager": eager.build(model)[0]}
-    for net in nets.values():
-        net.to(device=device, memory_format=torch.channels_last)
-    workload.prepare(nets["eager"], batch.images)
-    nets["fused"].load_state_dict(nets["eager"].state_dict())
-    for net in nets.values():
-        net.train(mode == "train")
-    expected = check.reference(nets["eager"], batch, mode)
-    if mode == "inference":
-        nets = {
-            "fused": fusedres.optimize_for_inference(nets["fused"], dtype),
-            "eager": Converted(nets["eager"], dtype),
-        }
-    errors = {name: check.errors(check.observe(net, batch, mode), expected) for name, net in nets.items()}
-    failure = check.failure(errors["fused"], errors["eager"], dtype)
-    assert failure is None, str(failure)
-
-    bits = "bf16" if dtype == torch.bfloat16 else "fp32"
-    measure(
-        STEPS[mode](nets[implementation], batch),
-        f"{model} {mode}, batch {BATCH}, {bits}",
-        implementation,
-        dtype,
-        shape=list(batch.images.shape),
-        bytes=batch.images.nbytes,
-        error=max(errors[implementation].worst_output, errors[implementation].worst_gradient or 0.0),
-    )
+    return workload.make(batch, IMAGE_SIZE, dtype, torch.channels_last, device, seed=0)
 
 
-def _under_autocast(net: nn.Module, batch: workload.Workload) -> Callable[[Tensor], Tensor]:
-    def forward(images: Tensor) -> Tensor:
-        with batch.autocast():
-            return net(images)
+@pytest.mark.parametrize("side", SIDES)
+@each_mode
+@each_dtype
+def test_model(model: str, dtype: torch.dtype, mode: str, side: str, measure, device) -> None:
+    def make() -> Case:
+        batch = random_images(BATCH, dtype, device)
+        plain = eager.build(model)[0].to(device)
+        workload.prepare(plain, batch.images)
+        fused = getattr(fusedres, model)()
+        fused.load_state_dict(plain.state_dict())
+        return case(model, plain, fused, batch, mode)
 
-    return forward
+    measure(f"{model}, {BITS[dtype]}, batch {BATCH}, {mode}", side, make)
 
 
-@pytest.mark.parametrize("implementation", ["fused", "eager"])
-@pytest.mark.parametrize("mode", STEPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_converted(dtype: torch.dtype, mode: str, implementation: str, measure, device) -> None:
+@pytest.mark.parametrize("side", [FUSED, EAGER])
+@each_mode
+@each_dtype
+def test_converted(dtype: torch.dtype, mode: str, side: str, measure, device) -> None:
     """torchvision's ResNet-50, converted, at batch 1, where there is least to gain."""
     models = pytest.importorskip("torchvision.models")
-    torch.manual_seed(0)
-    batch = workload.make(1, IMAGE_SIZE, dtype, torch.channels_last, device, seed=0)
-    plain = models.resnet50().to(device=device, memory_format=torch.channels_last)
-    workload.prepare(plain, batch.images)
-    plain.train(mode == "train")
-    nets = {"fused": fusedres.convert(plain, inplace=False), "eager": plain}
-    expected = check.reference(plain, batch, mode)
-    steps, errors = {}, {}
-    for name, net in nets.items():
-        run = net if mode == "train" else _under_autocast(net, batch)
-        errors[name] = check.errors(check.observe(run, batch, mode), expected)
-        steps[name] = STEPS[mode](run, batch)
-    failure = check.failure(errors["fused"], errors["eager"], dtype)
-    assert failure is None, str(failure)
 
-    other = "eager" if implementation == "fused" else "fused"
-    bits = "bf16" if dtype == torch.bfloat16 else "fp32"
-    measure(
-        steps[implementation],
-        f"converted resnet50 {mode}, batch 1, {bits}",
-        implementation,
-        dtype,
-        against=(other, steps[other]),
-        shape=list(batch.images.shape),
-        error=max(errors[implementation].worst_output, errors[implementation].worst_gradient or 0.0),
-    )
+    def make() -> Case:
+        batch = random_images(1, dtype, device)
+        plain = models.resnet50().to(device)
+        workload.prepare(plain, batch.images)
+        return case("resnet50", plain, fusedres.convert(copy.deepcopy(plain)), batch, mode, (FUSED, EAGER))
+
+    measure(f"converted resnet50, {BITS[dtype]}, batch 1, {mode}", side, make)

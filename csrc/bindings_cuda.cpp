@@ -1,20 +1,17 @@
 // The CUDA ops' part of the compiled module: addresses and sizes from Python to the launchers.
+#include "bindings_cuda.h"
+
 #include <pybind11/stl.h>
 
 #include <tuple>
 #include <vector>
-
-#include "bindings.h"
-#include "cuda/ops.h"
 
 namespace py = pybind11;
 
 namespace fusedres {
 namespace {
 
-using cuda::Device;
 using cuda::DType;
-using cuda::Image;
 using std::string;
 
 // dtype, rows, channels
@@ -25,25 +22,6 @@ struct Matrix {
 Matrix matrix(const string& dtype, int64_t rows, int64_t channels) {
   if (rows < 1 || channels < 1) throw std::invalid_argument("an activation must not be empty");
   return {dtype_of<DType>(dtype), rows, channels};
-}
-
-Image image(int64_t n, int64_t height, int64_t width, int64_t channels) {
-  if (n < 1 || height < 1 || width < 1 || channels < 1) {
-    throw std::invalid_argument("an image must not be empty");
-  }
-  return {n, height, width, channels};
-}
-
-// What every op ends with: the device's multiprocessors and the stream.
-Device device(int multiprocessors, uintptr_t stream) {
-  if (multiprocessors < 1) throw std::invalid_argument("a device has at least 1 multiprocessor");
-  return {at<void>(stream), multiprocessors};
-}
-
-// An address that an op can't do without.
-template <class T>
-T* to(const char* name, uintptr_t address) {
-  return at<T>(needed(name, address));
 }
 
 void check_branch(uintptr_t residual, uintptr_t residual_stats) {
@@ -228,33 +206,8 @@ void bind_cuda(py::module_& m) {
                            static_cast<int64_t>(weights.size()), device(multiprocessors, stream));
       },
       nogil());
-
-  m.def("cuda_conv_dgrad_workspace", [](const string& dtype, int64_t n, int64_t height,
-                                        int64_t width, int64_t channels, int multiprocessors) {
-    return cuda::conv_dgrad_workspace(dtype_of<DType>(dtype), image(n, height, width, channels),
-                                      multiprocessors);
-  });
-  m.def(
-      "cuda_conv_dgrad",
-      [](const string& dtype, int64_t n, int64_t height, int64_t width, int64_t channels,
-         int64_t filters, int side, uintptr_t du, uintptr_t y, uintptr_t y_stats, uintptr_t y_sums,
-         uintptr_t weight, uintptr_t add, int64_t add_pitch, bool compact, uintptr_t x,
-         uintptr_t x_stats, bool relu, uintptr_t workspace, uintptr_t dx, uintptr_t x_sums,
-         int multiprocessors, uintptr_t stream) {
-        if (y_sums != 0 && (y == 0 || y_stats == 0)) {
-          throw std::invalid_argument("y_sums needs y and y_stats");
-        }
-        if ((x == 0) != (x_stats == 0) || (x_sums != 0 && (x == 0 || workspace == 0))) {
-          throw std::invalid_argument(
-              "x and x_stats go together, x_sums needs them and a workspace");
-        }
-        cuda::conv_dgrad(dtype_of<DType>(dtype), image(n, height, width, channels), filters, side,
-                         to<void>("du", du), at<void>(y), at<float>(y_stats), at<float>(y_sums),
-                         to<void>("weight", weight), at<void>(add), add_pitch, compact, at<void>(x),
-                         at<float>(x_stats), relu, at<float>(workspace), to<void>("dx", dx),
-                         at<float>(x_sums), device(multiprocessors, stream));
-      },
-      nogil());
+  bind_cuda_conv(m);
+  bind_cuda_stem(m);
 }
 
 }  // namespace fusedres

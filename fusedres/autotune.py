@@ -1,11 +1,12 @@
 """Which implementation is faster for a convolution on this GPU: measured on first use, kept on disk.
 
 Every convolution can run by a fused kernel, or by PyTorch's own with the batch-norm ops around it (in a
-trained net: with bias, residual and ReLU). Until it is measured a prediction decides (``plan.likely``); on a
-GPU the first use of a shape measures both, as torch.backends.cudnn.benchmark does. What was measured is
-written before it is first used, in a file for this device and these versions, so that other processes and
-later runs add up in the same order. Nothing is measured while a CUDA graph is captured, nor under
-torch.use_deterministic_algorithms: there the files and the predictions decide.
+trained net: with bias, residual and ReLU; of 8 bits: in floating point between two conversions). Until it is
+measured a prediction decides (``plan.likely``); on a GPU the first use of a shape measures both, as
+torch.backends.cudnn.benchmark does. What was measured is written before it is first used, in a file for
+this device and these versions, so that other processes and later runs add up in the same order. Nothing is
+measured while a CUDA graph is captured, nor under torch.use_deterministic_algorithms: there the files and
+the predictions decide.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -37,6 +39,8 @@ LOCK_SECONDS = 10
 ATEN = "aten"
 
 Run = Callable[[], Any]
+# entered for a run; gives the settings that its kernels were launched with
+Trial = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class Search(NamedTuple):
@@ -68,7 +72,7 @@ def fused(op: str, x: Tensor, conv: plan.Conv, run: Callable[[bool], Any]) -> bo
     """Whether a kernel of ours runs a convolution; measures on first use.
 
     Args:
-        op: of ``plan.CONV_OPS``, ``plan.CONV_BIAS_OPS`` or ``plan.STEM_OPS``.
+        op: of ``plan.CONV_OPS``, ``plan.CONV_BIAS_OPS``, ``plan.INT8_OPS`` or ``plan.STEM_OPS``.
         x: an activation of the call.
         conv: its shape.
         run: runs the convolution, fused or not; has no effect but its result.
@@ -102,41 +106,44 @@ def _measure_if_new(key: plan.Key, device: torch.device, run: Callable[[bool], A
 
 
 def _measure(key: plan.Key, device: torch.device, run: Callable[[bool], Any], every: bool) -> plan.Measured:
-    def fused_run() -> Any:
-        with ops.backend("triton"):
-            return run(True)
-
-    settings = kernels.load("triton").settings
     runs: dict[str, Run] = {ATEN: lambda: run(False)}
-    tried = {}
-    index = 0
-    while True:
-        try:
-            with settings.trial(index) as seen:
-                fused_run()
-        except settings.NoSuchSetting:
-            break
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a compiler's or a driver's; the other way works
-            warnings.warn(f"fusedres: {key.op} of {key.conv} can't be measured: {error}", stacklevel=2)
-        else:
-            label = " + ".join(sorted({str(setting) for setting in seen.values()}))
-            tried[label] = dict(seen)
+    tried: dict[str, tuple[str, Any]] = {ATEN: (ATEN, {})}  # implementation and settings
+    for name in ops.candidates(key.op, device, getattr(torch, key.dtype), key.conv):
+        for trial in _trials(name, every):
 
-            def one(index: int = index) -> Any:
-                with settings.trial(index):
-                    return fused_run()
+            def one(name: str = name, trial: Trial = trial) -> Any:
+                with ops.backend(name), trial() as seen:
+                    run(True)
+                return seen
 
-            runs[label] = one
-        index += 1
-        if not every:
-            break
+            try:
+                seen = dict(one())
+            except kernels.NoSuchSetting:
+                break
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a compiler's or a driver's; the other ways work
+                warnings.warn(f"fusedres: {key.op} of {key.conv} can't be measured: {error}", stacklevel=2)
+            else:
+                label = " + ".join(sorted({str(setting) for setting in seen.values()})) or name
+                runs[label], tried[label] = one, (name, seen)
     us = timed(runs, device)
-    best = min(us, key=us.__getitem__)
-    chosen = tried.get(best, {})
+    implementation, chosen = tried[min(us, key=us.__getitem__)]
+    if not chosen:
+        return plan.Measured(implementation, us, [])
+    settings = kernels.load(implementation).settings
     settings.prefer(chosen)
-    return plan.Measured(ATEN if best == ATEN else "triton", us, settings.dump(chosen))
+    return plan.Measured(implementation, us, settings.dump(chosen))
+
+
+def _trials(implementation: str, every: bool) -> Iterator[Trial]:
+    """The first launch setting of an implementation, or every one; CUDA kernels choose theirs themselves."""
+    if implementation != "triton":
+        yield lambda: contextlib.nullcontext({})
+        return
+    settings = kernels.load(implementation).settings
+    for index in itertools.count() if every else (0,):
+        yield functools.partial(settings.trial, index)
 
 
 def timed(runs: dict[str, Run], device: torch.device) -> dict[str, float]:
@@ -202,8 +209,9 @@ def load(device: torch.device) -> None:
     found = read(path(name), name)
     for key, measured in found.items():
         plan.MEASURED.setdefault(key, measured)
-        if measured.settings:
-            kernels.load("triton").settings.prefer(kernels.load("triton").settings.parse(measured.settings))
+        if measured.settings and measured.best not in kernels.unavailable():
+            settings = kernels.load(measured.best).settings
+            settings.prefer(settings.parse(measured.settings))
     if found:
         ops.choice.cache_clear()
 

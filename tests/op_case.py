@@ -34,6 +34,11 @@ def arguments(name, dtype=torch.float32, layout="channels_last"):
     square = activation((6, 5, 1, 1), dtype, layout)
     photo, stem = activation((2, 3, 5, 4), dtype, layout), activation((4, 3, 7, 7), dtype, layout)
     pixels = torch.randn(pixels_shape(2, 5, 4)).to(dtype)
+    levels, taps, more_levels = (
+        torch.randint(-128, 128, shape, dtype=torch.int8).to(memory_format=LAYOUTS[layout])
+        for shape in ((2, 5, 4, 3), (4, 5, 3, 3), (2, 4, 4, 3))
+    )
+    border, vector = levels[0, :, 0, 0].clone(), 10 * torch.randn(4)
     small = torch.float16 if dtype == torch.float32 else dtype
     return {
         "bn_stats": [(x, weight, bias, 1e-5), (x, None, None, 1e-5)],
@@ -92,9 +97,30 @@ def arguments(name, dtype=torch.float32, layout="channels_last"):
             (x, square, None, activation((2, 6, 4, 3), dtype, layout), False, 1),
             (x, filters, None, None, True, 1),
         ],
+        "bottleneck_infer": [
+            (
+                x,
+                activation((4, 5, 1, 1), dtype, layout),
+                torch.randn(4),
+                activation((4, 4, 3, 3), dtype, layout),
+                torch.randn(4),
+                activation((5, 4, 1, 1), dtype, layout),
+                torch.randn(5),
+            )
+        ],
+        "conv_int8": [
+            (levels, border, taps, vector.int(), vector, vector, more_levels, 0.5, -9.0, 1, torch.int8),
+            (levels, border, taps[..., :1, :1].contiguous(), vector.int(), vector, vector)
+            + (None, 0.0, 0.0, 2, dtype),
+        ],
+        "quantize_int8": [(x, 0.1, 3)],
         "stem_conv": [
             (photo, stem, torch.randn(4), torch.randn(4), 1e-5, True, dtype),
             (photo.float(), stem.float(), None, None, 1e-5, False, small),
+        ],
+        "stem_bias_act": [
+            (photo, stem, torch.randn(4), None, None, True, dtype),
+            (photo.to(torch.uint8), stem.float(), None, [9.0, 8.0, 7.0], [3.0, 2.0, 1.0], False, small),
         ],
         "stem_wgrad": [(activation((2, 4, 3, 2), dtype, layout), pixels, stem, 5, 4)],
         "cast_weights": [([activation(layout=layout), activation((4, 3, 1, 1), layout=layout)], small)],

@@ -87,6 +87,26 @@ def test_another_process_reads_it(gpu):
     assert len(gpu.measured) == 1
 
 
+def test_the_cuda_kernel_is_a_candidate(gpu):
+    gpu.us["cuda"] = 5.0
+    forced = []
+
+    def run(is_fused):
+        forced.append((is_fused, ops.forced_backend()))
+        return launch(is_fused)
+
+    assert fused(run=run)
+    assert (True, "cuda") in forced and (True, "triton") in forced and (False, "auto") in forced
+    assert gpu.measured[0][-1] == "cuda"
+    choice = ops.choice("conv_fwd", DEVICE, torch.bfloat16, "auto", CONV)
+    assert choice.implementation == "cuda" and "cuda 5 us" in choice.reason
+    new_process()
+    assert fused() and len(gpu.measured) == 1, "another process takes it, too"
+    assert ops.choice("conv_fwd", DEVICE, torch.bfloat16, "auto", CONV).implementation == "cuda"
+    fused("conv_wgrad")
+    assert "cuda" not in gpu.measured[1], "it has no kernel for every op"
+
+
 def test_each_op_and_shape_by_itself(gpu):
     fused(), fused("conv_wgrad"), fused(conv=CONV._replace(pending=False))
     assert len(gpu.measured) == 3
@@ -252,7 +272,7 @@ class TestSearch:
         with autotune.searching(lambda *result: found.append(result)):
             assert fused()
             assert fused()
-        assert gpu.measured[1] == ("aten", *map(str, valid))
+        assert gpu.measured[1] == ("aten", *map(str, valid), "cuda")
         assert len(gpu.measured) == 2, "once in a search, though it was measured before"
         ((op, conv, measured),) = found
         assert (op, conv, measured.best) == ("conv_fwd", CONV, "triton")
@@ -297,8 +317,8 @@ class TestCommand:
         ("patch", "message"),
         [
             (
-                {"kernels.unavailable": lambda: {"triton": "triton is not installed"}},
-                "triton is not installed",
+                {"kernels.unavailable": lambda: {"triton": "triton is not installed", "cuda": "no nvcc"}},
+                "triton: triton is not installed; cuda: no nvcc",
             ),
             ({"ops.forced_backend": lambda: "cuda"}, "FUSEDRES_BACKEND forces cuda"),
             ({"torch.are_deterministic_algorithms_enabled": lambda: True}, "use_deterministic_algorithms"),

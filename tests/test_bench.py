@@ -186,7 +186,7 @@ def test_a_wrong_model_is_not_timed(
     wrong: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     model = tampered(wrong)
-    monkeypatch.setattr(fusedres, "resnet18", lambda: model)
+    monkeypatch.setattr("fusedres.cli.bench.build", lambda name, classes: model)
     assert main([*TINY, "--dtype", "fp32", "--train", "--json", str(tmp_path / "out.json")]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -234,6 +234,24 @@ def test_fp16_gradients_are_scaled_back() -> None:
     errors = check.errors(halves, observed)
     assert errors.outputs["loss"] < 0.01
     assert errors.gradients["fc.weight"] < 0.05
+
+
+def test_the_eager_twin_of_a_net_for_cifar() -> None:
+    """With the fused one's keys, and its outputs in fp64."""
+    torch.manual_seed(0)
+    plain, fused = eager.build("resnet20")[0].double(), fusedres.CifarResNet(20).double()
+    fused.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(fused(images), plain(images), rtol=1e-10, atol=1e-10)
+
+
+def test_a_net_for_cifar(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    arguments = ["bench", "--model", "resnet8", "--batch", "4", "--device", "cpu", "--rounds", "1"]
+    with fusedres.backend("reference"):
+        assert main([*arguments, "--train", "--dtype", "fp32", "--warmup", "1", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["settings"]["image_size"] == 32 and found["results"][0]["fused_norm_share"] == 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision")

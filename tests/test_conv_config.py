@@ -21,6 +21,7 @@ SIZES = {
     "conv_fwd": (2, 4),
     "conv_fwd_residual": (2, 4),
     "conv_bias_act": (2, 4),
+    "conv_int8": (1,),
     "conv_dgrad": (2,),
     "conv_dgrad_fp32": (4,),
     "conv_wgrad": (2, 4),

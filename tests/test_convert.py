@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib
 import warnings
 from collections.abc import Callable
@@ -71,7 +73,8 @@ def test_coverage(name):
     net = make()
     before = fusedres.coverage(net)
     assert len(before) == total and not any(entry.fused for entry in before)
-    converted = fusedres.convert(net)
+    with contextlib.nullcontext() if fused else pytest.warns(UserWarning, match="nothing is converted"):
+        converted = fusedres.convert(net)
     assert converted is net
     entries = fusedres.coverage(net)
     assert len(entries) == total and sum(entry.fused for entry in entries) == fused
@@ -151,14 +154,82 @@ def test_a_copy_leaves_the_model_alone():
     assert not any(entry.fused for entry in fusedres.coverage(net))
 
 
-def test_what_can_not_be_fused_stays_and_says_why():
-    net = models.resnet18(norm_layer=lambda channels: nn.GroupNorm(4, channels))
-    kinds = [type(module) for module in net.modules()]
-    fusedres.convert(net)
-    assert [type(module) for module in net.modules()] == kinds
-    assert all("GroupNorm, not an nn.BatchNorm2d" in str(entry) for entry in fusedres.coverage(net))
-    with pytest.raises(ValueError, match="9 of 9 can't be fused, first stem: the norm is a GroupNorm"):
+class OwnNorm(nn.BatchNorm2d):
+    """It may compute something else."""
+
+
+@pytest.mark.parametrize(
+    ("norm", "layer"), [("GroupNorm", lambda channels: nn.GroupNorm(4, channels)), ("OwnNorm", OwnNorm)]
+)
+def test_a_norm_that_can_not_be_fused(norm, layer):
+    """The model stays, and says why."""
+    net = models.resnet18(norm_layer=layer)
+    kinds, state = [type(module) for module in net.modules()], copy.deepcopy(net.state_dict())
+    said = f"9 of 9 can't be fused, first stem: the norm is a {norm}, not an nn.BatchNorm2d"
+    with pytest.warns(UserWarning, match=f"{said} or FrozenBatchNorm2d: nothing is converted"):
+        assert fusedres.convert(net) is net
+    with pytest.raises(ValueError, match=said):
         fusedres.convert(net, strict=True)
+    assert [type(module) for module in net.modules()] == kinds
+    torch.testing.assert_close(net.state_dict(), state, rtol=0, atol=0)
+    assert all(f"{norm}, not an nn.BatchNorm2d" in str(entry) for entry in fusedres.coverage(net))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a filter that wants nothing has what it wants
+        fusedres.convert(net, lambda name, module: False, strict=True)
+
+
+class OwnBlock(models.resnet.BasicBlock):  # type: ignore[misc]
+    """Derived, so that its forward may be another."""
+
+
+class OwnNet(models.ResNet):  # type: ignore[misc]
+    """Likewise."""
+
+
+def test_classes_that_are_not_exactly_a_librarys():
+    """They stay, are listed as such, and strict refuses them."""
+    net = OwnNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+    net.layer2 = nn.Sequential(OwnBlock(64, 128, 2, net.layer2[0].downsample), nn.Dropout2d(0.1))
+    net.layer3 = nn.Sequential(nn.Sequential(nn.Conv2d(128, 256, 1)))
+    why = "its class, {}, is not exactly one of torchvision's or timm's"
+    with pytest.raises(ValueError, match=f"3 of 5 can't be fused, first stem: {why.format('OwnNet')}"):
+        fusedres.convert(net, strict=True)
+    assert [entry.name for entry in fusedres.coverage(fusedres.convert(net)) if entry.fused] == [
+        "layer1.0",
+        "layer4.0",
+    ]
+    assert {entry.name: entry.reason for entry in fusedres.coverage(net) if not entry.fused} == {
+        "stem": why.format("OwnNet"),
+        "layer2.0": why.format("OwnBlock"),
+        "layer3.0": why.format("Sequential"),
+    }
+
+
+def test_what_got_another_class_after_the_conversion():
+    """As FSDP2 gives one: it stays fused, and revert says that it can't bring the library's back."""
+    net = fusedres.convert(models.resnet18())
+    block = net.layer2[0]
+    block.__class__ = type("Sharded", (type(block),), {})
+    kinds = [type(module) for module in net.modules()]
+    assert all(entry.fused for entry in fusedres.coverage(fusedres.convert(net, strict=True)))
+    with pytest.raises(ValueError, match=r"layer2.0 was made a Sharded since: revert before that"):
+        fusedres.revert(net)
+    assert [type(module) for module in net.modules()] == kinds
+
+
+@pytest.mark.parametrize("call", [fusedres.convert, fusedres.coverage, fusedres.revert])
+@pytest.mark.parametrize(
+    ("model", "given"),
+    [
+        ("resnet18", "str"),
+        (None, "NoneType"),
+        (models.ResNet, "the class ResNet"),
+        (models.resnet18, "function"),
+    ],
+)
+def test_no_module(call, model, given):
+    with pytest.raises(TypeError, match=f"model must be an nn.Module, got {given}"):
+        call(model)
 
 
 def test_strict_changes_nothing_where_a_part_can_not_be_fused():
@@ -185,6 +256,9 @@ def test_nothing_to_convert():
     with pytest.raises(ValueError, match="no residual block"):
         fusedres.convert(net, strict=True)
     assert fusedres.coverage(net) == []
+    mobile = models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None)
+    with pytest.warns(UserWarning, match="LRASPP has no residual block or stem"):
+        fusedres.convert(mobile)
 
 
 def test_our_own_nets_are_fused_already():

@@ -13,6 +13,10 @@ import pytest
 CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
 ARCHITECTURES = ["80", "86", "89", "90a", "100", "120"]
 REGISTERS = 65536  # of a multiprocessor
+# kernels that multiply on tensor cores
+TENSOR_CORES = re.compile(
+    r"(conv_fwd|conv_dgrad|conv_bias_act|bottleneck_infer|stem_conv|stem_pool|stem_wgrad_partial)_kernel"
+)
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc"),
@@ -21,7 +25,7 @@ pytestmark = [
 
 
 def compile_(source: Path, arch: str, folder: Path) -> tuple[str, str]:
-    """ptxas's report, and the PTX."""
+    """ptxas's report, and the PTX; the machine code is in a.cubin."""
     code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
     flags = ["-std=c++17", "-O3", f"-I{CUDA}", "-Xptxas", "-v", "-cubin"]
     report = subprocess.run(
@@ -79,16 +83,6 @@ def width(name: str) -> int:
     return int(found[1]) if found else 1
 
 
-def check_tensor_cores(body: str) -> None:
-    """Tensors come and go 16 bytes at a time; what else is stored are a thread's two partial sums."""
-    assert "mma.sync" in body
-    copies = re.findall(r"cp\.async\.c[ga]\.shared\.global \[[^]]*\], \[[^]]*\], (\d+)", body)
-    assert copies and set(copies) == {"16"}
-    assert "ld.global" not in body
-    stores = Counter(re.findall(r"st\.global\.(v\d)?", body))
-    assert stores["v4"] and set(stores) <= {"v4", ""} and stores[""] <= 2, stores
-
-
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("source", sorted(CUDA.glob("*.cu")), ids=lambda p: p.stem)
 def test_codegen(source, arch, tmp_path):
@@ -100,9 +94,8 @@ def test_codegen(source, arch, tmp_path):
         directives, body = code[name]
         assert used["stack"] == 0 and used["spill"] == 0, (name, used)
         assert used["registers"] * resident_threads(directives) <= REGISTERS, (name, used)
-        if "ConvTile" in name:
-            check_tensor_cores(body)
-            continue
+        if TENSOR_CORES.search(name):
+            continue  # see below
         if width(name) == 1 and "cast_weights" not in name:
             continue
         assert re.search(r"ld\.global(\.nc)?(\.\w+)*\.v4", body), f"{name}: no 16-byte loads"
@@ -115,6 +108,44 @@ def test_codegen(source, arch, tmp_path):
             assert stores["v2"] + stores[""] == 1, (name, stores)  # the index, half as wide
         elif "cast_weights" not in name:
             assert set(stores) == {"v4"}, (name, stores)
+
+    convolutions = [name for name in found if TENSOR_CORES.search(name)]
+    if not convolutions:
+        return
+    machine_code = disassembled(tmp_path / "a.cubin")
+    for name in convolutions:
+        instructions = Counter(machine_code[name])
+        assert not [i for i in instructions if i.startswith(("STL", "LDL"))], name
+        products = [i for i in instructions if i.startswith("HMMA.")]
+        assert products and all(".F32" in i for i in products), (name, products)
+        copies = [i for i in instructions if i.startswith("LDGSTS.")]
+        # an image and the filters of a stem are rounded on their way into shared memory
+        rounds = "stem_conv" in name or "stem_pool" in name
+        assert bool(copies) != rounds and all(".128" in i for i in copies), (name, copies)
+        stores = {i for i in instructions if i.startswith("STG.")}
+        if "wgrad" in name:  # a reduction over rows: operands transposed, which 32-bit values can't be
+            assert bool(instructions["LDSM.16.MT88.4"]) == ("IfE" not in name), name
+            # sums of neighbours together, where they lie in neighbouring registers
+            assert "STG.E.64" in stores and stores <= {"STG.E.64", "STG.E"}, (name, stores)
+            continue
+        assert instructions["LDSM.16.M88.4"], f"{name}: no ldmatrix of four matrices"
+        # the output 16 bytes at a time; statistics of a column value by value
+        assert "STG.E.128" in stores and stores <= {"STG.E.128", "STG.E"}, (name, stores)
+
+
+def disassembled(cubin: Path) -> dict[str, list[str]]:
+    """Kernel name -> its instructions' names, by the tool that comes with Triton."""
+    bin_ = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin"
+    text = subprocess.run(
+        [bin_ / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    kernels: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if found := re.search(r"Function : (\S+)", line):
+            kernels[found[1]] = []
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line):
+            kernels[next(reversed(kernels))].append(found[1])
+    return kernels
 
 
 def test_the_report_parser_sees_a_spill(tmp_path):

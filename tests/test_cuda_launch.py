@@ -16,6 +16,11 @@ DEVICE = (4, 0)  # multiprocessors, the default stream
 MATRIX, IMAGE = ("float32", 6, 8), ("bfloat16", 2, 7, 5, 16)
 SOME = 256  # an address that is never used
 
+CONV = ("bfloat16", 2, 9, 7, 16, 24, 3, 1)
+STEM = ("bfloat16", 2, 9, 7, 16)
+STRIDES = (189, 63, 7, 1)
+IMAGES, FILTERS = ("uint8", SOME, STRIDES), ("float32", SOME, (147, 49, 7, 1))
+
 # every launcher, its arguments, and what it has to call itself and its problem when it fails
 LAUNCHES = {
     "cuda_bn_stats": ((*MATRIX, SOME, 0, 0, 1e-5, SOME, SOME), r"bn_stats of \[6, 8\]"),
@@ -47,6 +52,30 @@ LAUNCHES = {
         r"conv_dgrad of \[2, 16, 7, 5\] by 24 filters of 3x3",
     ),
     "cuda_cast_weights": (("bfloat16", [(SOME, SOME, 8, 3, 9)]), "cast_weights of 1 weights"),
+    "cuda_conv_fwd": (
+        (*CONV, SOME, SOME, True, SOME, 0, 0, 1e-5, SOME, SOME, SOME),
+        r"conv_fwd of \[2, 16, 9, 7\] by 24 filters 3x3/1",
+    ),
+    "cuda_conv_bias_act": (
+        (*CONV, SOME, SOME, 0, 0, True, SOME),
+        r"conv_bias_act of \[2, 16, 9, 7\] by 24 filters 3x3/1",
+    ),
+    "cuda_bottleneck_infer": (
+        ("float16", 2, 9, 7, 256, 64, *(SOME,) * 8),
+        r"bottleneck_infer of \[2, 256, 9, 7\] by 64 filters 3x3/1",
+    ),
+    "cuda_stem_conv": (
+        (*STEM, *IMAGES, *FILTERS, 0, 0, 1e-5, SOME, SOME, SOME, SOME),
+        r"stem_conv of \[2, 3, 9, 7\] by 16 filters",
+    ),
+    "cuda_stem_bias_act": (
+        (*STEM, *IMAGES, (0.0,) * 3, (1.0,) * 3, *FILTERS, 0, True, SOME),
+        r"stem_bias_act of \[2, 3, 9, 7\] by 16 filters",
+    ),
+    "cuda_stem_wgrad": (
+        (*STEM, SOME, SOME, SOME, *FILTERS),
+        r"stem_wgrad of \[2, 3, 9, 7\] by 16 filters",
+    ),
 }
 
 
@@ -101,6 +130,20 @@ def test_a_launch_error_names_the_kernel_and_its_problem(name):
         ("cuda_conv_dgrad", {8: 0}, "y_sums needs y and y_stats"),
         ("cuda_conv_dgrad", {16: 0}, "x and x_stats go together"),
         ("cuda_conv_dgrad", {18: 0}, "x_sums needs them and a workspace"),
+        ("cuda_conv_fwd", {15: 0}, "workspace must not be null"),
+        ("cuda_bottleneck_infer", {4: 192}, "channels must be a multiple of 128, got 192"),
+        ("cuda_bottleneck_infer", {5: 32}, "16 bits and 64 or 128 inner channels, got 16 and 32"),
+        ("cuda_bottleneck_infer", {0: "float32"}, "got 32 and 64"),
+        ("cuda_bottleneck_infer", {8: 0}, "bias1 must not be null"),
+        ("cuda_stem_conv", {1: 0}, "a convolution must not be empty"),
+        ("cuda_stem_conv", {4: 12}, "filters must be a multiple of 8, got 12"),
+        ("cuda_stem_conv", {5: "int8"}, "dtype must be float32, bfloat16 or float16, got int8"),
+        ("cuda_stem_conv", {14: 0}, "workspace must not be null"),
+        ("cuda_stem_conv", {15: SOME + 8}, "stem_conv: tensors must begin at a multiple of 16 bytes"),
+        ("cuda_stem_conv", {1: 1 << 20, 2: 1 << 6, 3: 1 << 6}, r"stem_conv of .* 2\^31 pixels"),
+        ("cuda_stem_conv", {7: (189, 1 << 30, 7, 1)}, "an image's values lie 2\\^31 or more apart"),
+        ("cuda_stem_bias_act", {15: 0}, "z must not be null"),
+        ("cuda_stem_wgrad", {8: "uint8"}, "dweight must not be uint8"),
         ("cuda_cast_weights", {0: "float32"}, "cast_weights casts to 16 bits"),
         ("cuda_cast_weights", {1: [(SOME, SOME, 0, 3, 9)]}, "a weight must not be empty"),
         ("cuda_cast_weights", {1: [(0, SOME, 8, 3, 9)]}, "weight must not be null"),

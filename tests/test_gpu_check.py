@@ -22,6 +22,7 @@ from fusedres.cli.report import load
 from fusedres.plan import traffic
 
 BENCHMARKS = Path(gpu_check.__file__).parent
+FIRST_INT8 = ("first call", "int8")
 pytestmark = pytest.mark.xdist_group("gpu_check")  # one process, for one run of everything
 
 
@@ -64,6 +65,17 @@ def test_a_report_shows_it(tiny):
     assert machine.ops and machine.notes
 
 
+def test_figures_lie_beside_the_results(tiny):
+    folder, records, _ = tiny
+    (page,) = [record for record in records if record["name"] == "page"]
+    html = (folder / "report.html").read_text()
+    assert html.count("<figure") == page["figures"] > 3
+    pngs = [record["files"] for record in records if record["name"] == "PNGs"]
+    assert [sorted(path.name for path in folder.glob("*.png"))] == (pngs or [[]])
+    if pngs:
+        assert len(pngs[0]) == page["figures"]
+
+
 def test_what_is_measured(tiny):
     _, records, _ = tiny
     by = {part: [r for r in records if r["part"] == part] for part in gpu_check.PARTS}
@@ -85,10 +97,18 @@ def test_what_is_measured(tiny):
         part: {r["implementation"] for r in by[part] if "peak_bytes" in r} for part in ("train", "compile")
     }
     assert sides == {"train": {"reference", "auto", "eager"}, "compile": {"auto", "eager", "compile"}}
+    inference = {r["implementation"] for r in by["inference"] if r["name"] == "inference"}
+    assert inference == {"eager", "auto", "int8"}  # and "triton" on a GPU
+    errors = [
+        r["relative_error"] for r in by["inference"] if (r["name"], r.get("implementation")) == FIRST_INT8
+    ]
+    assert len(errors) == 2 and all(0 < error < 0.1 for error in errors)
     shares = {
         r["implementation"]: r["fused_convolution_share"] for r in by["train"] if r["name"] == "breakdown"
     }
     assert shares.keys() == sides["train"] and shares["eager"] == 0 < shares["reference"] <= 1
+    frozen = {r["implementation"] for r in by["frozen"] if r["name"] == "inference"}
+    assert frozen == {"auto", "eager", "compile"}
     assert not [record for record in by["compile"] if record["name"] == "breakdown"]
     first = [record for record in by["train"] if record["name"] == "first step"]
     for record in first:

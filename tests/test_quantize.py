@@ -128,15 +128,32 @@ def test_what_is_quantised(name, convolutions, calibration):
     assert size < 0.35 * sum(p.numel() * p.itemsize for p in getattr(fusedres, name)().parameters())
 
 
+@pytest.mark.parametrize("size", [(32, 32), (33, 21)], ids=str)
 @pytest.mark.parametrize("settings", [{}, {"zeros": "split"}, {"shortcut": "B"}, {"plain": True}], ids=str)
-def test_shortcuts_stay_in_8_bits(settings):
+def test_shortcuts_stay_in_8_bits(settings, size):
     net = seasoned(fusedres.CifarResNet(14, **settings))
-    x = torch.randn(16, 3, 32, 32)
+    x = torch.randn(16, 3, *size)
     quantised = fusedres.quantize_for_inference(net, x.split(5), torch.float32)
     kinds = [type(m) for m in quantised.modules()]
     assert kinds.count(Quantize) == kinds.count(Dequantize) == 1
     out, expected = quantised(x), net(x)
     assert (out - expected).norm() < 0.1 * expected.norm()
+
+
+def test_padding_with_another_value_leaves_8_bits():
+    """Only zeros have the same level wherever they are."""
+
+    class Padded(fusedres.CifarResNet):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.bn1(self.conv1(x)))
+            x = nn.functional.pad(self.layer1(x), (1, 1, 1, 1), value=0.7)
+            return self.fc(self.layer3(self.layer2(x)).mean((2, 3)))
+
+    net = seasoned(Padded(8))
+    x = torch.randn(16, 3, 16, 16)
+    quantised = fusedres.quantize_for_inference(net, x, torch.float32)
+    assert [type(m) for m in quantised.modules()].count(Dequantize) == 2
+    assert (quantised(x) - net(x)).norm() < 0.1 * net(x).norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, None], ids=str)

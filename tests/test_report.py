@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
-import subprocess
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,8 +13,6 @@ import fusedres
 from fusedres.cli import main
 from fusedres.cli.report import load
 from fusedres.cli.report.style import DARK, LIGHT
-from fusedres.cli.roofline import LEVELS, passes
-from fusedres.plan.conv import BANDWIDTH, PEAK
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 EPYC = RESULTS / "epyc-zen5-2cores-2026-11-24"
@@ -195,7 +189,7 @@ def test_floors_of_the_layers_file_are_those_of_our_count():
 
 def test_scaling_curves_come_of_runs_that_differ_in_one_thing(whole, tmp_path):
     depths = {18: "resnet18-bf16", 34: "resnet34-bf16", 50: "resnet50-bf16", 101: "resnet101-bf16"}
-    found = whole.marks("training-time-by-depth-batch-16-bf16", "circle")
+    found = whole.marks("training-time-by-depth-resnet-batch-16-bf16", "circle")
     expected = [
         1e3 / read(EPYC / f"{name}.json")["results"][0]["implementations"]["fused"]["images_per_second"]
         for name in depths.values()
@@ -211,6 +205,47 @@ def test_scaling_curves_come_of_runs_that_differ_in_one_thing(whole, tmp_path):
     )
     page = report(tmp_path, tmp_path)
     assert len(page.marks("training-time-by-batch-resnet-50-bf16", "circle")) == 9
+
+
+def sweep_lines(sweep: str, settings: list[dict[str, Any]], **facts: Any) -> list[str]:
+    """Of a scaling file: one run with other settings, ever slower."""
+    lines = []
+    for index, changed in enumerate(settings, 1):
+        record = read(EPYC / "resnet50-bf16.json") | {"sweep": sweep, "cores": 2, "load_before": 2.0 * index}
+        record["settings"] |= changed
+        record["machine"] |= facts
+        for side in record["results"][0]["implementations"].values():
+            side["images_per_second"] /= index
+        lines.append(json.dumps(record) + "\n")
+    return lines
+
+
+def test_curves_of_a_scaling_file(tmp_path, capsys):
+    sizes = [{"image_size": size} for size in (128, 224, 288)]
+    cifar = [{"model": name, "image_size": 32, "batch": 64} for name in ("resnet20", "resnet1202")]
+    lines = sweep_lines("size", sizes) + sweep_lines("cifar", cifar)
+    lines.append('{"sweep": "batch", "settings": {}}\n')  # of another version
+    point = {"model": "resnet50", "batch": 256, "mode": "train"}
+    left_out = {"sweep": "batch", "left_out": "it would take about 40 GiB, and 12 are free", "point": point}
+    lines.append(json.dumps(left_out | {"machine": {"device_name": "AMD EPYC"}, "date": "2026-12-01"}) + "\n")
+    (tmp_path / "scaling.jsonl").write_text("".join(lines)[:-40] + "\n" + lines[-1])
+    page = report(tmp_path, tmp_path / "scaling.jsonl", EPYC / "resnet50-bf16.json")
+    sides = read(EPYC / "resnet50-bf16.json")["results"][0]["implementations"]
+    by_size = page.marks("training-time-by-image-size-resnet-50-batch-16-bf16", "circle")
+    speed = sides["fused"]["images_per_second"]
+    assert [value for name, value in by_size if name == "fused"] == pytest.approx(
+        [1e3 * index / speed for index in (1, 2, 3)], rel=1e-5
+    )
+    by_depth = page.marks("training-memory-by-depth-cifar-resnet-batch-64-bf16", "circle")
+    assert [value for name, value in by_depth if name == "fused"] == pytest.approx(
+        [sides["fused"]["peak_bytes"] / 2**20] * 2, rel=1e-5
+    )
+    # the points of curves are no bars of their own, nor do they take the place of a run by itself
+    assert len(page.marks("speed-train")) == len(sides)
+    assert any("batch 256, train, and what is larger was not measured" in text for text in page.text["p"])
+    assert any("Of scaling.jsonl 3 of 7 points were measured while" in text for text in page.text["p"])
+    err = capsys.readouterr().err
+    assert "point 6 can't be read (KeyError: 'machine')" in err and "is cut short or damaged" in err
 
 
 def test_a_later_run_of_the_same_takes_the_place_of_an_earlier(tmp_path):
@@ -270,21 +305,26 @@ def test_gpu_check(tmp_path):
 
 
 def benchmark_entry(name: str, median: float) -> dict[str, Any]:
-    info = {"implementation": name, "device": "AMD EPYC", "threads": 2, "bytes": 64_000_000}
+    info = {"implementation": name, "device": "AMD EPYC", "threads": 2, "bytes": 64_000_000, "flop": 0}
+    info |= {"share_of_roofline": 0.5}
     versions = {"versions": {"fusedres": fusedres.__version__, "torch": "2.14.1"}}
     return {"group": "pool, fp32", "name": name, "stats": {"median": median}, "extra_info": info | versions}
 
 
 def test_pytest_benchmark(tmp_path):
     path = tmp_path / "benchmark.json"
-    entries = [benchmark_entry("fused (cpu)", 0.01), benchmark_entry("eager", 0.025)]
-    in_turns = benchmark_entry("fused (cpu)", 0.01) | {"group": "block, fp32"}
-    in_turns["extra_info"] |= {"against": "eager", "ratio": 1.5}
-    entries.append(in_turns)
+    times = {"fused": 0.01, "eager": 0.025, "eager_nchw": 0.05, "compile": 0.02}
+    entries = [benchmark_entry(name, median) for name, median in times.items()]
+    for name in ("fused", "eager"):
+        entry = benchmark_entry(name, times[name]) | {"group": "block, fp32"}
+        entry["extra_info"]["flop"] = 10**9
+        entries.append(entry)
     path.write_text(json.dumps({"machine_info": {}, "datetime": "2026-11-25", "benchmarks": entries}))
     page = report(tmp_path, path)
-    assert [value for _, value in page.marks("ops")] == [2.5, 1.5]
-    assert "6.4" in page.text["td"]  # GB/s
+    assert page.marks("ops") == [("fused", 2.5), ("compile", 1.25), ("fused", 2.5)]
+    assert "eager_nchw 0.50×, compile 1.25×" in page.text["td"]
+    assert page.text["td"].count("6.4") == 1  # GB/s, of what computes no product
+    assert "50%" in page.text["td"]
 
 
 # what is wrong with a file, its content, what is said
@@ -366,83 +406,3 @@ def test_text_can_be_read_in_both_palettes(palette):
         for ground in ("page", "paper"):
             lights = sorted((luminance(palette[text]), luminance(palette[ground])))
             assert (lights[1] + 0.05) / (lights[0] + 0.05) >= 4.5, (text, ground)
-
-
-def test_readme_has_the_figures_of_the_files():
-    """The baseline on the H100, and the roofs beside it."""
-    readme = (RESULTS.parents[1] / "README.md").read_text()
-    table = readme[readme.index("| training | img/s |") : readme.index("A roof counts")]
-    lines = [json.loads(line) for path in PEERS.glob("peers_*") for line in path.read_text().splitlines()]
-    speeds = {(line["kind"], line["variant"]): line["img_s"] for line in lines if "img_s" in line}
-    measured = [
-        *(speeds["train", name] for name in ("eager_amp_cl", "compile_amp_cl", "jax_bf16_nhwc")),
-        *(speeds["infer", name] for name in ("eager_cl", "compile_freeze_cl", "jax_bf16_nhwc")),
-    ]
-    levels = {name: passes(name, "resnet50", 256, 224, "bfloat16") for name in LEVELS}
-    bound = (BANDWIDTH, PEAK["bfloat16"])
-    roofs = [
-        round(256 / sum(placed.work.seconds(*bound) for placed in levels[name]), -2)
-        for name in ("block", "joint", "conv", "block-inference")
-    ]
-    written = sorted(int(cell.replace(",", "")) for cell in re.findall(r"\| ([\d,]+) (?=\|)", table))
-    assert written == sorted(round(value) for value in (*measured, *roofs))
-    moved = {name: sum(placed.work.bytes for placed in found) / 256 / 1e6 for name, found in levels.items()}
-    said = re.search(r"(\d+) MB an image.*?moves (\d+) and a compiler (\d+)", readme, re.DOTALL)
-    assert said and [int(value) for value in said.groups()] == [
-        round(moved[name]) for name in ("block", "eager", "compile")
-    ]
-
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next((path for path in map(shutil.which, BROWSERS) if path), None)
-# what sticks out to the right of the window, and text that its figure cuts off
-PROBE = """<script>
-const right = element => element.getBoundingClientRect().right;
-const all = (within, what) => [...within.querySelectorAll(what)];
-const shown = text => text.getBoundingClientRect().width > 0;
-document.body.dataset.probe = JSON.stringify({
-  inner: innerWidth,
-  scroll: document.documentElement.scrollWidth,
-  wide: all(document, 'main > *, figure, svg').filter(e => right(e) > innerWidth).map(e => e.tagName + e.id),
-  clipped: all(document, 'svg').flatMap(svg =>
-    all(svg, 'text').filter(t => shown(t) && right(t) > right(svg) + 2).map(t => t.textContent)),
-  dark: matchMedia('(prefers-color-scheme: dark)').matches,
-  page: getComputedStyle(document.body).backgroundColor,
-});
-</script>"""
-FRAMES = """<!doctype html><link rel="icon" href="data:,"><body style="margin:0">
-<iframe style="width:390px;height:800px;border:0" src="PAGE"></iframe>
-<iframe style="width:1280px;height:800px;border:0" src="PAGE"></iframe><script>
-onload = () => { document.body.dataset.found =
-  JSON.stringify([0, 1].map(index => frames[index].document.body.dataset.probe)); };
-</script>"""
-
-
-@pytest.fixture(scope="module")
-def framed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The page with a probe, in a frame as wide as a phone: a window of a desktop is wider."""
-    folder = tmp_path_factory.mktemp("browser")
-    main(["report", str(RESULTS), "--out", str(folder / "report.html")])
-    text = (folder / "report.html").read_text().replace("<details>", "<details open>")
-    (folder / "probed.html").write_text(text.replace("</body>", f"{PROBE}</body>"))
-    yield folder / "probed.html"
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-def test_in_a_browser(framed, tmp_path):
-    """A phone and a desktop, in the dark: nothing sticks out, is cut off, or complains."""
-    page = framed.with_name("frames.html")
-    page.write_text(FRAMES.replace("PAGE", framed.name))
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
-    command += [f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--window-size=1400,900"]
-    command += ["--blink-settings=preferredColorScheme=0", "--dump-dom", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
-    found = re.search(r'data-found="([^"]*)"', done.stdout)
-    assert found, done.stderr[-2000:]
-    probes = [json.loads(probe) for probe in json.loads(found[1].replace("&quot;", '"'))]
-    assert [probe["inner"] for probe in probes] == [390, 1280]
-    rgb = ", ".join(str(int(DARK["page"][i : i + 2], 16)) for i in (1, 3, 5))
-    for probe in probes:
-        assert probe["scroll"] <= probe["inner"] and probe["wide"] == [] and probe["clipped"] == []
-        assert probe["dark"] and probe["page"] == f"rgb({rgb})"
-    assert "CONSOLE" not in done.stderr

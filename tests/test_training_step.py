@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -19,6 +21,15 @@ from fusedres.cli.bench.workload import prepare
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
 CONVOLUTIONS = {"resnet18": 19, "resnet50": 52}  # behind the stem
+
+
+def interpreted() -> contextlib.AbstractContextManager[Counter[str] | None]:
+    """Seconds instead of minutes in Triton's interpreter; counts launches there."""
+    if not INTERPRETED:
+        return contextlib.nullcontext()
+    from large_tiles import large_tiles
+
+    return large_tiles()
 
 
 def steps(
@@ -48,11 +59,7 @@ def error(found: dict[str, Tensor], truth: dict[str, Tensor], which: Callable[[s
 @pytest.mark.parametrize(
     "count", [1, pytest.param(3, marks=pytest.mark.full)], ids=["one step", "three steps"]
 )
-@pytest.mark.parametrize(
-    # minutes in the interpreter
-    "name",
-    ["resnet18", pytest.param("resnet50", marks=[pytest.mark.full] if INTERPRETED else [])],
-)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_training_step(name, count, backend):
     models = pytest.importorskip("torchvision", exc_type=ImportError).models
     if backend in kernels.unavailable():
@@ -65,12 +72,17 @@ def test_training_step(name, count, backend):
     ours.load_state_dict(theirs.state_dict())
     exact_losses, exact = steps(copy.deepcopy(theirs).double(), images.double(), labels, count)
     eager_losses, eager = steps(theirs, images, labels, count)
-    with fusedres.backend(backend), FusedOps() as ops:
+    with interpreted() as launches, fusedres.backend(backend), FusedOps() as ops:
         losses, found = steps(ours, images, labels, count)
     assert losses == pytest.approx(exact_losses, rel=1e-4)
     for which in (lambda n: "running" in n, lambda n: "running" not in n):
         # a value near 0 may pass a ReLU or not by rounding, and takes its whole gradient with it
         assert error(found, exact, which) <= 2 * error(eager, exact, which) + 1e-4
-    served = count * CONVOLUTIONS[name] * (backend != "cpu")
-    assert ops.calls["conv_fwd"] == ops.calls["conv_dgrad"] == ops.calls["conv_wgrad"] == served
-    assert ops.calls["bn_act"] + ops.calls["bn_relu_maxpool"] >= count * len(list(ours.layer1))
+    assert ops.batch_norms == count * (CONVOLUTIONS[name] + 1)
+    stems = count * (backend != "cpu")
+    others = stems * CONVOLUTIONS[name]
+    assert ops.calls["stem_conv"] == ops.calls["stem_wgrad"] == stems
+    assert ops.calls["conv_fwd"] == ops.calls["conv_dgrad"] == ops.calls["conv_wgrad"] == others
+    if INTERPRETED:
+        of_stems = {"stem_conv_sync": stems, "stem_wgrad_sync": stems}
+        assert launches == {"conv_fwd": others, "conv_dgrad_fp32": others, "conv_wgrad": others} | of_stems

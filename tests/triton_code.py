@@ -13,16 +13,23 @@ ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def compile_for(
-    arch: int, kernel: Any, signature: dict[str, str], constants: dict[str, Any], options: dict[str, Any]
+    arch: int,
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    more: dict[tuple[int], Any] | None = None,
 ) -> Any:
-    """Compile as the JIT would for 16-byte aligned tensors."""
+    """Compile as the JIT would for 16-byte aligned tensors; ``more``: what else it knows of arguments."""
     from triton import compile as triton_compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
     return triton_compile(
-        ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32), options=options
+        ASTSource(kernel, signature, constants, aligned | (more or {})),
+        target=GPUTarget("cuda", arch, 32),
+        options=options,
     )
 
 

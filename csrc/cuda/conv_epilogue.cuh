@@ -3,7 +3,7 @@
 #pragma once
 
 #include "conv_tile.cuh"
-#include "sample.cuh"
+#include "samples.cuh"
 
 namespace fusedres::cuda {
 
@@ -37,7 +37,7 @@ struct Staging {
   template <class F>
   __device__ __forceinline__ void for_each_chunk(F chunk) const {
     constexpr int kChunks = kRow / kAccessBytes;
-#pragma unroll
+#pragma unroll 4  // in flight; all at once would take more registers
     for (int i = 0; i < Tile::kM * kChunks / Tile::kThreads; ++i) {
       const int at = thread + i * Tile::kThreads, row = at / kChunks, c = at % kChunks;
       chunk(row, c * Tile::kVector, memory + Rows::at(row, c));
@@ -48,6 +48,14 @@ struct Staging {
   __device__ __forceinline__ void for_each_chunk(int rows, int columns, F chunk) const {
     for_each_chunk([&](int row, int column, unsigned char* at) {
       if (row < rows && column < columns) chunk(row, column, at);
+    });
+  }
+  // Starts copies of a matrix's rows to where theirs are here; zeros for what isn't there.
+  __device__ __forceinline__ void copy_rows(const T* from, int64_t pitch, int rows,
+                                            int columns) const {
+    for_each_chunk([&](int row, int column, unsigned char* at) {
+      const bool there = row < rows && column < columns;
+      copy_async(at, from + (there ? row * pitch + column : 0), there);
     });
   }
   // to: the tile's first value in a matrix of rows of `pitch`; after a barrier
@@ -128,11 +136,11 @@ __device__ __forceinline__ void halve(Sample (&samples)[N], From from, bool uppe
   }
 }
 
-// Mean and squared deviations of the columns of a tile, over its first `rows` rows; samples:
-// kWarpsM rows of kN in shared memory, which have to be merged after a barrier.
-template <class Tile>
+// Mean and squared deviations of the columns of a tile, over the rows that exist(row) says;
+// samples: kWarpsM rows of kN in shared memory, which have to be merged after a barrier.
+template <class Tile, class Exist>
 __device__ __forceinline__ void put_samples(Sample* samples, const Stand<Tile>& stand,
-                                            const Accumulators<Tile>& sums, int rows) {
+                                            const Accumulators<Tile>& sums, const Exist& exist) {
   constexpr int N = 2 * Tile::kFragmentsN;
   bool there[Tile::kFragmentsM][2];
   float count = 0.0f;
@@ -140,7 +148,7 @@ __device__ __forceinline__ void put_samples(Sample* samples, const Stand<Tile>& 
   for (int i = 0; i < Tile::kFragmentsM; ++i) {
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
-      there[i][below] = stand.first_row + 16 * i + stand.group + 8 * below < rows;
+      there[i][below] = exist(stand.first_row + 16 * i + stand.group + 8 * below);
       count += there[i][below];
     }
   }
@@ -172,24 +180,31 @@ __device__ __forceinline__ void put_samples(Sample* samples, const Stand<Tile>& 
   halved(std::integral_constant<int, N / 2>{}, sample_of_column, 16);
   halved(std::integral_constant<int, N / 4>{}, own, 8);
   halved(std::integral_constant<int, N / 8>{}, own, 4);
-#pragma unroll
-  for (int k = 0; k < N / 8; ++k) {
-    const int at = stand.group * (N / 8) + k;
-    const int column = stand.first_column + at / 2 * 8 + 2 * stand.member + at % 2;
-    store_shared(samples + stand.warp_m * Tile::kN + column, mine[k]);
+  // an eighth: one column, or two neighbours, which are stored together for the banks' sake
+  constexpr int kOwn = N / 8;
+  static_assert(kOwn == 1 || kOwn == 2);
+  const int at = stand.group * kOwn;
+  const int column = stand.first_column + at / 2 * 8 + 2 * stand.member + at % 2;
+  Sample* const to = samples + stand.warp_m * Tile::kN + column;
+  if constexpr (kOwn == 1) {
+    store_shared(to, mine[0]);
+  } else {
+    store_shared(reinterpret_cast<float4*>(to),
+                 float4{mine[0].mean, mine[0].m2, mine[1].mean, mine[1].m2});
   }
 }
 
-// Takes the samples of a column of the tile into those of the tiles before, of n rows.
-template <class Tile>
+// Takes the samples of a column of the tile into those of the tiles before, of n rows;
+// exist_before(row): of the tile's rows before this one.
+template <class Tile, class ExistBefore>
 __device__ __forceinline__ void take_samples(Sample& mine, float& n, const Sample* samples,
-                                             int column, int rows) {
+                                             int column, const ExistBefore& exist_before) {
   constexpr int kRows = Tile::kM / Tile::kWarpsM;
 #pragma unroll
   for (int warp = 0; warp < Tile::kWarpsM; ++warp) {
-    const int some = rows - warp * kRows;
-    if (some <= 0) break;
-    const float more = static_cast<float>(some < kRows ? some : kRows);
+    const int some = exist_before((warp + 1) * kRows) - exist_before(warp * kRows);
+    if (some == 0) break;
+    const float more = static_cast<float>(some);
     mine = merge(mine, load_shared(samples + warp * Tile::kN + column), n, divide(more, n + more));
     n += more;
   }

@@ -6,6 +6,24 @@
 
 namespace fusedres::cuda {
 
+// A step's fragments of B out of a stage's filters, rows of 64 bytes.
+template <class Tile>
+__device__ __forceinline__ void load_filters(uint32_t (&b)[Tile::kFragmentsN][2],
+                                             const unsigned char* filters, const Stand<Tile>& stand,
+                                             int step) {
+#pragma unroll
+  for (int j = 0; j < Tile::kFragmentsN; j += 2) {
+    const int column = stand.first_column + 8 * j + stand.b_column();
+    uint32_t two[4];
+    load_matrices(two, filters + Swizzled<kRowBytes>::at(column, 2 * step + stand.b_chunk()));
+    as_operand<typename Tile::T>(two);
+    b[j][0] = two[0];
+    b[j][1] = two[1];
+    b[j + 1][0] = two[2];
+    b[j + 1][1] = two[3];
+  }
+}
+
 // A stage: positions of x, filters of the weight, and with kPrologue the channels' scale and shift,
 // each a row of 64 bytes (the vectors: 4 bytes a channel).
 template <class Tile, bool kPrologue>
@@ -62,17 +80,7 @@ struct Forward {
 #pragma unroll
     for (int step = 0; step < Tile::kSteps; ++step) {
       uint32_t b[Tile::kFragmentsN][2];
-#pragma unroll
-      for (int j = 0; j < Tile::kFragmentsN; j += 2) {
-        const int column = stand.first_column + 8 * j + stand.b_column();
-        uint32_t two[4];
-        load_matrices(two, from + kWeight + Chunks::at(column, 2 * step + stand.b_chunk()));
-        as_operand<T>(two);
-        b[j][0] = two[0];
-        b[j][1] = two[1];
-        b[j + 1][0] = two[2];
-        b[j + 1][1] = two[3];
-      }
+      load_filters<Tile>(b, from + kWeight, stand, step);
 #pragma unroll
       for (int i = 0; i < Tile::kFragmentsM; ++i) {
         const int row = stand.first_row + 16 * i + stand.a_row();

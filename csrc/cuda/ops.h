@@ -79,6 +79,19 @@ void global_avg_pool(DType, Image, const void* x, void* out, Device);
 // grad [n, channels] -> dx
 void global_avg_pool_backward(DType, Image, const void* grad, void* dx, Device);
 
+// A convolution of images [n, height, width, channels] by filters [filters, side, side, channels]:
+// side 1, or 3 padded by 1; stride 1 or 2; channels and filters multiples of 8, everything at a
+// multiple of 16 bytes. float32 is rounded to TF32.
+struct Conv {
+  int64_t n, height, width, channels, filters;
+  int side, stride;
+};
+// y = conv(relu(x * scale + shift)) and y's stats: x -> y; without stats conv(x), without y_stats
+// none of y's. Needs conv_fwd_workspace floats of scratch memory for y_stats.
+int64_t conv_fwd_workspace(DType, Conv, int multiprocessors);
+void conv_fwd(DType, Conv, const void* x, const float* stats, bool relu, const void* weight,
+              const float* norm_weight, const float* norm_bias, float eps, float* workspace,
+              void* y, float* y_stats, Device);
 // The gradient of the input of a convolution of `side` 1, or 3 with a padding of 1, and stride 1:
 // du (, y, add, x) -> dx, and sums over dx. y_stats and y_sums (which needs y) make du the gradient
 // of y; add is a gradient of the same image, its first value of channel 0, `add_pitch` values from
@@ -92,6 +105,55 @@ void conv_dgrad(DType, Image dx, int64_t filters, int side, const void* du, cons
                 const float* y_stats, const float* y_sums, const void* weight, const void* add,
                 int64_t add_pitch, bool compact, const void* x, const float* x_stats, bool relu,
                 float* workspace, void* dx_out, float* x_sums, Device);
+// z = relu(conv(x) + bias + residual): x (, residual) -> z
+void conv_bias_act(DType, Conv, const void* x, const void* weight, const float* bias,
+                   const void* residual, bool relu, void* z, Device);
+
+// A residual block of a trained net, of images [n, height, width, channels]: 1x1, 3x3 and 1x1 of
+// stride 1 with `inner` channels in between, 64 or 128; channels a multiple of 128; 16-bit
+// activations; everything at a multiple of 16 bytes.
+struct Bottleneck {
+  int64_t n, height, width, channels, inner;
+};
+// z = relu(conv3(relu(conv2(relu(conv1(x) + bias1)) + bias2)) + bias3 + x): x -> z
+void bottleneck_infer(DType, Bottleneck, const void* x, const void* weight1, const float* bias1,
+                      const void* weight2, const float* bias2, const void* weight3,
+                      const float* bias3, void* z, Device);
+
+// Values of any type in any layout: [n, channels, height, width] of an image, [filters, channels,
+// rows, columns] of a weight.
+enum class Value : int { float32, bfloat16, float16, uint8 };
+struct Strided {
+  const void* data;
+  Value type;
+  int64_t stride[4];  // in values
+};
+// The stem's convolution, 7x7 with stride 2 and padding 3, of images [n, 3, height, width]; filters
+// a multiple of 8. Image and weight are rounded to the op's dtype on the way (float32 to TF32); y,
+// z, pixels and dy begin at a multiple of 16 bytes.
+struct Stem {
+  int64_t n, height, width, filters;
+};
+// Of three channels; what is convolved is (values - mean) * rstd.
+struct StemImage {
+  Strided values;
+  float mean[3], rstd[3];
+};
+// y = conv(x), its stats, and x as stem_wgrad reads it: x -> y, pixels (see kernels/rows.py).
+// Without y_stats none; needs stem_conv_workspace floats of scratch memory for them.
+int64_t stem_conv_workspace(DType, Stem, int multiprocessors);
+void stem_conv(DType, Stem, const StemImage& x, const Strided& weight, const float* norm_weight,
+               const float* norm_bias, float eps, float* workspace, void* pixels, void* y,
+               float* y_stats, Device);
+// z = relu(conv(x) + bias), with pool the maximum of it over 3x3, stride 2, padding 1: x -> z. The
+// bias may be null.
+void stem_bias_act(DType, Stem, const StemImage& x, const Strided& weight, const float* bias,
+                   bool pool, void* z, Device);
+// dy, pixels -> dweight (whose data are written; no uint8); needs stem_wgrad_workspace floats of
+// scratch memory
+int64_t stem_wgrad_workspace(DType, Stem, int multiprocessors);
+void stem_wgrad(DType, Stem, const void* dy, const void* pixels, float* workspace,
+                const Strided& dweight, Device);
 
 // A float32 weight [outer, inner, taps] (taps = 1: already in the order it shall have) and where
 // its cast goes, [outer, taps, inner] (channels_last).

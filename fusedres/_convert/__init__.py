@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -30,6 +30,7 @@ _LIBRARIES = {
     "timm.models.resnet": "fusedres._convert.timm",
 }
 _NOT_YET = "not converted: fusedres.convert(model) does it"
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def convert(model: M, filter_fn: Filter | None = None, inplace: bool = True, str
     """Give torchvision's and timm's residual blocks and stems fused forwards, wherever they are in a model.
 
     Parameters, buffers, keys and results stay. A block that can't run as one Function stays what it is;
-    :func:`coverage` says why. Converting again changes nothing.
+    :func:`coverage` says why. Converting again changes nothing. A model of which nothing can be fused gives a
+    warning.
 
     Args:
         model: a net of torchvision or timm, or a model that has one in it, as detectors do.
@@ -67,30 +69,29 @@ def convert(model: M, filter_fn: Filter | None = None, inplace: bool = True, str
         the model, or the copy.
 
     Raises:
+        TypeError: ``model`` is not a module.
         ValueError: ``strict``, and something can't be fused or there is nothing to fuse.
     """
+    _check(model)
     if not inplace:
         model = copy.deepcopy(model)
-    chosen: list[tuple[nn.Module, type[nn.Module]]] = []
-    skipped, found = [], False
-    for name, module, kind in _candidates(model):
-        found = True
-        if isinstance(module, kind.fused) or (filter_fn is not None and not filter_fn(name, module)):
-            continue
-        why = kind.unfused_reason(module)
-        if why is None:
-            chosen.append((module, kind.fused))
-        else:
-            skipped.append(f"{name}: {why}")
-    if strict and skipped:
-        raise ValueError(f"{len(skipped)} of {len(skipped) + len(chosen)} can't be fused, first {skipped[0]}")
-    if not found and not any(True for _ in _own(model)):
-        nothing = f"{type(model).__name__} has no residual block or stem of torchvision or timm"
-        if strict:
-            raise ValueError(nothing)
-        warnings.warn(f"{nothing}: nothing is converted", stacklevel=2)
-    for module, fused in chosen:
-        module.__class__ = fused
+    found = list(_found(model))
+    wanted = [part for part in found if not part.has_ours]
+    if filter_fn is not None:
+        wanted = [part for part in wanted if filter_fn(part.name, part.module)]
+    skipped = [part for part in wanted if part.why is not None]
+    why = None
+    if not found:
+        why = f"{type(model).__name__} has no residual block or stem of torchvision or timm"
+    elif skipped:
+        why = f"{len(skipped)} of {len(wanted)} can't be fused, first {skipped[0].name}: {skipped[0].why}"
+    if why is not None and strict:
+        raise ValueError(why)
+    if why is not None and len(skipped) == len(found):
+        warnings.warn(f"{why}: nothing is converted", stacklevel=2)
+    for part in wanted:
+        if part.why is None and part.fused is not None:
+            part.module.__class__ = part.fused
     return model
 
 
@@ -98,12 +99,22 @@ def revert(model: M) -> M:
     """Undo :func:`convert`, in place: every class is the library's again.
 
     A model that was not converted stays as it is.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: something gave a converted module a class of its own since, as FSDP2 does; nothing is
+            changed.
     """
+    _check(model)
     originals = {kind.fused: original for original, kind in _kinds().items()}
-    for module in model.modules():
-        original = originals.get(type(module))
-        if original is not None:
-            module.__class__ = original
+    ours: tuple[type[nn.Module], ...] = tuple(originals)
+    converted = [(name, module) for name, module in model.named_modules() if isinstance(module, ours)]
+    for name, module in converted:
+        if type(module) not in originals:
+            now = type(module).__name__
+            raise ValueError(f"{name or 'the model'} was made a {now} since: revert before that")
+    for _, module in converted:
+        module.__class__ = originals[type(module)]
     return model
 
 
@@ -111,14 +122,13 @@ def coverage(model: nn.Module) -> list[Entry]:
     """Every residual block and stem of a model, ours, torchvision's and timm's, and whether it is fused.
 
     What an input then decides, as its dtype, size or device, :func:`fusedres.explain` tells.
+
+    Raises:
+        TypeError: ``model`` is not a module.
     """
-    entries = {name: _entry(name, why) for name, why in _own(model)}
-    for name, module, kind in _candidates(model):
-        why = kind.unfused_reason(module)
-        if why is None and not isinstance(module, kind.fused):
-            why = _NOT_YET
-        entries[name] = _entry(name, why)
-    return list(entries.values())
+    _check(model)
+    reasons = {part.name: part.why or (None if part.has_ours else _NOT_YET) for part in _found(model)}
+    return [Entry(name, why is None, why) for name, why in reasons.items()]
 
 
 def register_with_timm() -> list[str]:
@@ -139,8 +149,10 @@ def register_with_timm() -> list[str]:
     return registry.register()  # type: ignore[no-any-return]
 
 
-def _entry(name: str, why: str | None) -> Entry:
-    return Entry(name, why is None, why)
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"model must be an nn.Module, got {given}")
 
 
 def _kinds() -> dict[type[nn.Module], Kind]:
@@ -152,25 +164,60 @@ def _kinds() -> dict[type[nn.Module], Kind]:
     return kinds
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind]]:
-    """What can be converted, or is: of exactly a library's class or ours for it."""
+class _Part(NamedTuple):
+    """A residual block or a stem.
+
+    Args:
+        name: as in :class:`Entry`.
+        module: the block, or the net that the stem belongs to.
+        has_ours: whether its forward is ours: of our own nets, or converted.
+        fused: the class that it is converted to; None if there is none.
+        why: why it doesn't run as one Function; None if it does, or would.
+    """
+
+    name: str
+    module: nn.Module
+    has_ours: bool
+    fused: type[nn.Module] | None
+    why: str | None
+
+
+def _found(model: nn.Module) -> Iterator[_Part]:
+    """Every residual block and stem: ours, a library's, and what is in a block's place in a library's net."""
     kinds = _kinds()
     kinds |= {kind.fused: kind for kind in kinds.values()}
-    for name, module in model.named_modules():
-        kind = kinds.get(type(module))
-        if kind is not None:
-            yield _stem_name(name) if kind.is_net else name, module, kind
-
-
-def _own(model: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """Our own blocks and stems, and why they aren't fused."""
-    foreign: set[type] = {kind.fused for kind in _kinds().values()}
+    blocks: set[nn.Module] = set()  # of the nets so far
     for name, module in model.named_modules():
         net: Any = module
-        if isinstance(module, Residual) and type(module) not in foreign:
-            yield name, module.unfused_reason()
-        elif isinstance(module, ResNet) or (isinstance(module, Trunk) and hasattr(module, "maxpool")):
-            yield _stem_name(name), unfused_stem_reason(net.conv1, net.bn1, net.relu, net.maxpool)
+        kind = next((kinds[base] for base in type(module).__mro__ if base in kinds), None)
+        if kind is None:
+            if isinstance(module, Residual):
+                yield _Part(name, net, True, None, module.unfused_reason())
+            elif isinstance(module, ResNet) or (isinstance(module, Trunk) and hasattr(module, "maxpool")):
+                why = unfused_stem_reason(net.conv1, net.bn1, net.relu, net.maxpool)
+                yield _Part(_stem_name(name), module, True, None, why)
+            elif module in blocks:
+                yield _Part(name, module, False, None, _foreign(module))
+            continue
+        if kind.is_net:
+            if not hasattr(module, "conv1"):
+                continue  # a getter of another net's layers
+            blocks |= {block for stage in _STAGES for block in _children(getattr(module, stage, None))}
+            name = _stem_name(name)
+        has_ours = isinstance(module, kind.fused)
+        why = kind.unfused_reason(module) if has_ours or type(module) in kinds else _foreign(module)
+        yield _Part(name, module, has_ours, kind.fused, why)
+
+
+def _children(stage: object) -> list[nn.Module]:
+    """The blocks of a stage; a module without children, as dropout, is none."""
+    if not isinstance(stage, nn.Sequential):
+        return []
+    return [child for child in stage if any(True for _ in child.children())]
+
+
+def _foreign(module: nn.Module) -> str:
+    return f"its class, {type(module).__name__}, is not exactly one of torchvision's or timm's"
 
 
 def _stem_name(net: str) -> str:

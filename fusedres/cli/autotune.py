@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 import fusedres
-from fusedres import autotune, kernels, ops, plan
+from fusedres import autotune, ops, plan
 from fusedres.cli import options
 from fusedres.cli.bench import workload
 from fusedres.cli.errors import FAILED, CommandError
@@ -88,8 +88,6 @@ def _check(device: torch.device, dtype: torch.dtype) -> None:
             "(what runs there are rules: see fusedres info)",
             FAILED,
         )
-    if "triton" in kernels.unavailable():
-        raise CommandError(f"there are no fused convolutions: {kernels.unavailable()['triton']}", FAILED)
     if ops.forced_backend() != "auto":
         raise CommandError(f"nothing to choose: FUSEDRES_BACKEND forces {ops.forced_backend()}", FAILED)
     if torch.are_deterministic_algorithms_enabled():

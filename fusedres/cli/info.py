@@ -65,7 +65,8 @@ def collect() -> dict[str, Any]:
 
 def _served(op: str, device: torch.device) -> dict[str, Any]:
     served = {}
-    for name, dtype in DTYPES.items():
+    dtypes = {"int8": torch.int8} if op in plan.INT8_OPS else DTYPES
+    for name, dtype in dtypes.items():
         try:
             implementation, reason, _ = ops.choice(op, device, dtype, ops.forced_backend())
         except RuntimeError as error:  # a forced backend that can't: a fact to show, not a failure

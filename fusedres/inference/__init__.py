@@ -71,9 +71,9 @@ def quantize_for_inference(
     """As :func:`optimize_for_inference`, with all convolutions but the first in 8 bits.
 
     Weights are rounded to 8 bits with a step for every filter; activations with one step, chosen to lose
-    least on the calibration images. Residual add, ReLU and rounding happen inside the convolution. On a CPU
-    each layer runs in 8 bits or, where that is measured to be faster, in floating point between two
-    conversions; elsewhere in floating point. ``model`` itself is left alone.
+    least on the calibration images. Residual add, ReLU and rounding happen inside the convolution. Each layer
+    runs in 8 bits or, where that is measured to be faster, in floating point between two conversions: on a
+    CPU by oneDNN, and after ``.to("cuda")`` by a Triton kernel or cuDNN. ``model`` itself is left alone.
 
     Args:
         model: a ResNet of fusedres, torchvision or timm, in eval mode, on a CPU.
@@ -106,7 +106,7 @@ def quantize_for_inference(
         dtype = torch.float32 if onednn.unavailable(torch.bfloat16) else torch.bfloat16
     with torch.inference_mode(False), torch.no_grad():
         net = quantize_net(model, batches, dtype).requires_grad_(False)
-        return OptimizedResNet(net, dtype, dict.fromkeys((torch.float32, dtype)), False)
+        return OptimizedResNet(net, dtype, dict.fromkeys((torch.float32, dtype)), "auto")
 
 
 def _check(model: object, dtype: object, cuda_graph: object) -> None:

@@ -11,18 +11,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fusedres.inference.fold import fold
+from fusedres.inference.fold import fold, pads_zeros
 from fusedres.inference.layers import ConvBiasAct
 from fusedres.inference.quantized import LEVELS, Dequantize, Quantize, QuantizedConv, Scale
 
 _BINS = 2048
 # thresholds that are tried, as parts of the largest value
 _THRESHOLDS = torch.linspace(0.2, 1.0, 81, dtype=torch.float64)
-# what moves values and changes none: zeros that F.pad adds are the level of zero
-_MOVES = (operator.getitem, F.pad)
 
 
 class Range:
@@ -139,4 +136,5 @@ def quantize_net(model: nn.Module, images: Iterable[Tensor], dtype: torch.dtype)
 
 
 def _moves(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in _MOVES
+    """Whether values are moved and none changed; a zero that is added has a level."""
+    return node.target is operator.getitem or pads_zeros(node)

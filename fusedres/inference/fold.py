@@ -111,6 +111,12 @@ def _is_batch_norm(module: nn.Module | None) -> bool:
     return module is not None and (type(module).forward in _BATCH_NORMS or is_frozen(module))
 
 
+def pads_zeros(node: fx.Node) -> bool:
+    """Whether a node of a traced graph is F.pad with zeros."""
+    settings = (*node.args[2:], *node.kwargs.values())
+    return node.target is F.pad and all(value in ("constant", None, 0) for value in settings)
+
+
 class _Run:
     """The operators behind a convolution that it takes in, as far as each is the only reader."""
 

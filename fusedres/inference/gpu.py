@@ -1,4 +1,4 @@
-"""Layers on a GPU: our Triton kernels or cuDNN's fused convolutions, whichever is measured faster."""
+"""Layers on a GPU: our kernels or cuDNN's fused convolutions, whichever is measured faster."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres import autotune, ops
+from fusedres import autotune, ops, plan
 from fusedres.inference.bound import Bound
 from fusedres.inference.layers import ConvBiasAct, Stem
 from fusedres.inference.pool import pool
 from fusedres.inference.prepared import Prepared
+from fusedres.inference.quantized import QuantizedConv
 
 _OPS: Any = torch.ops.fusedres
 _ATEN: Any = torch.ops.aten
+NO_KERNEL = "no kernel of ours for its padding, dilation, groups or stride"
 _STEM = {"stride": (2, 2), "padding": (3, 3), "dilation": (1, 1), "groups": 1}
 
 
@@ -24,7 +26,7 @@ def bind_conv(layer: ConvBiasAct, x: Tensor, residual: Tensor | None, prepared: 
     """``layer`` on inputs of ``x``'s shape."""
     kernel, library = _kernel(layer, prepared), _library(layer, residual is not None, prepared)
     if kernel is None:
-        return library._replace(reason="no kernel of ours for its padding, dilation, groups or stride")
+        return library._replace(reason=NO_KERNEL)
     tensors = (x,) if residual is None else (x, residual)
 
     def run(fused: bool) -> Tensor:
@@ -32,15 +34,17 @@ def bind_conv(layer: ConvBiasAct, x: Tensor, residual: Tensor | None, prepared: 
         return bound.run(*tensors, *bound.constants)
 
     conv = ops.conv_shape(x, layer.weight, layer.stride[0], pending=False, residual=residual is not None)
-    bound = kernel if autotune.fused("conv_bias_act", x, conv, run) else library
-    return bound._replace(reason=_reason("conv_bias_act", x, conv))
+    if not autotune.fused("conv_bias_act", x, conv, run):
+        return library._replace(reason=choice("conv_bias_act", x, conv).reason)
+    implementation, reason, _ = choice("conv_bias_act", x, conv)
+    return kernel._replace(implementation=implementation, reason=reason)
 
 
 def bind_stem(layer: Stem, x: Tensor, prepared: Prepared) -> Bound:
-    """Likewise; a bias waits for the pass over the convolution's output that finds the maxima."""
-    weight, bias = _channels_last(layer, prepared), _float32_bias(layer, prepared)
-    fits = all(getattr(layer, name) == value for name, value in _STEM.items())
-    if not fits or tuple(weight.shape[1:]) != (3, 7, 7):
+    """Likewise: in one launch, or with a bias that waits for the pass that finds the maxima."""
+    weight, bias = channels_last(layer, prepared), float32_bias(layer, prepared)
+    usual = all(getattr(layer, name) == value for name, value in _STEM.items())
+    if not usual or tuple(weight.shape[1:]) != (3, 7, 7):
         bound = bind_conv(layer, x, None, prepared)
         return bound._replace(run=lambda x, *constants: pool(bound.run(x, *constants), None))
 
@@ -53,40 +57,54 @@ def bind_stem(layer: Stem, x: Tensor, prepared: Prepared) -> Bound:
     shape = ops.stem_shape(x, weight, x.dtype)
     fused = autotune.fused("stem_conv", x, shape, functools.partial(conv, x))
 
-    def stem(x: Tensor) -> Tensor:
+    def in_passes(x: Tensor) -> Tensor:
         return pool(conv(x, fused), bias)
 
-    return Bound(stem, (), "triton" if fused else "cudnn", _reason("stem_conv", x, shape))
+    def at_once(x: Tensor) -> Tensor:
+        return _OPS.stem_bias_act(x, weight, bias, None, None, True, x.dtype)  # type: ignore[no-any-return]
+
+    if autotune.fused("stem_bias_act", x, shape, lambda one: (at_once if one else in_passes)(x)):
+        implementation, reason, _ = choice("stem_bias_act", x, shape)
+        return Bound(at_once, (), implementation, reason)
+    implementation, reason, _ = choice("stem_conv", x, shape)
+    return Bound(in_passes, (), implementation if fused else "cudnn", reason)
 
 
-def _reason(op: str, x: Tensor, conv: Any) -> str:
-    return ops.choice(op, x.device, x.dtype, ops.forced_backend(), conv).reason
+def choice(op: str, x: Tensor, conv: Any) -> plan.Choice:
+    """What was settled for a convolution."""
+    return ops.choice(op, x.device, x.dtype, ops.forced_backend(), conv)
+
+
+def fits(layer: ConvBiasAct | QuantizedConv) -> bool:
+    """Whether our convolutions have a layer's shape."""
+    side = layer.weight.shape[2]
+    return (
+        side in (1, 3)
+        and layer.weight.shape[3] == side
+        and layer.stride in ((1, 1), (2, 2))
+        and layer.padding == (side // 2, side // 2)
+        and layer.dilation == (1, 1)
+        and layer.groups == 1
+    )
 
 
 def _kernel(layer: ConvBiasAct, prepared: Prepared) -> Bound | None:
     """Our kernel for a layer; None for a shape that it isn't made for."""
-    side, stride = layer.weight.shape[2], layer.stride[0]
-    if (
-        layer.weight.shape[3] != side
-        or side not in (1, 3)
-        or layer.stride not in ((1, 1), (2, 2))
-        or layer.padding != (side // 2, side // 2)
-        or layer.dilation != (1, 1)
-        or layer.groups != 1
-    ):
+    if not fits(layer):
         return None
-    weight, bias = _channels_last(layer, prepared), _float32_bias(layer, prepared)
+    stride = layer.stride[0]
+    weight, bias = channels_last(layer, prepared), float32_bias(layer, prepared)
     op = _OPS.conv_bias_act.default
 
     def run(x: Tensor, *residual: Tensor) -> Tensor:
         return op(x, weight, bias, residual[0] if residual else None, layer.relu, stride)  # type: ignore[no-any-return]
 
-    return Bound(run, (), "triton")
+    return Bound(run)
 
 
 def _library(layer: ConvBiasAct, residual: bool, prepared: Prepared) -> Bound:
     """cuDNN's convolution with as much behind it as cuDNN has; it has no addition without a ReLU."""
-    weight = _channels_last(layer, prepared)
+    weight = channels_last(layer, prepared)
     bias = None if layer.bias is None else layer.bias.detach()
     sizes: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
     if layer.relu and weight.is_cuda and weight.dtype != torch.float64:
@@ -104,7 +122,7 @@ def _library(layer: ConvBiasAct, residual: bool, prepared: Prepared) -> Bound:
     return Bound(run)
 
 
-def _channels_last(layer: ConvBiasAct, prepared: Prepared) -> Tensor:
+def channels_last(layer: ConvBiasAct | QuantizedConv, prepared: Prepared) -> Tensor:
     """The weight as GPU kernels read it; PyTorch would copy it in every call."""
     return prepared.of(
         layer,
@@ -113,6 +131,6 @@ def _channels_last(layer: ConvBiasAct, prepared: Prepared) -> Tensor:
     )
 
 
-def _float32_bias(layer: ConvBiasAct, prepared: Prepared) -> Tensor | None:
+def float32_bias(layer: ConvBiasAct, prepared: Prepared) -> Tensor | None:
     bias = layer.bias
     return None if bias is None else prepared.of(layer, torch.float32, lambda: bias.detach().float())

@@ -109,7 +109,7 @@ def quantized_candidates(
 def _converted(
     layer: QuantizedConv, x: Tensor, prepared: Prepared, dtype: torch.dtype, *, residual: bool
 ) -> Bound:
-    plain = prepared.of(layer, dtype, lambda: _in_floating_point(layer, dtype))
+    plain = prepared.of(layer, dtype, lambda: layer.in_floating_point(dtype))
     conv = bind_conv(plain, x.to(dtype), prepared, residual=residual, reuse=residual)
     scales = (layer.x, layer.residual) if residual else (layer.x,)
 
@@ -118,11 +118,6 @@ def _converted(
         return layer.out.quantize(conv.run(*given, *conv.constants))
 
     return Bound(run, (), "onednn", f"in {plain.weight.dtype} between two conversions")
-
-
-def _in_floating_point(layer: QuantizedConv, dtype: torch.dtype) -> ConvBiasAct:
-    sizes: tuple[Any, ...] = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    return ConvBiasAct(layer.float_weight(), layer.bias, *sizes, relu=layer.relu).to(dtype)
 
 
 def _quantized(layer: QuantizedConv, x: Tensor, prepared: Prepared, *, residual: bool, reuse: bool) -> Bound:

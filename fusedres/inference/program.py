@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fusedres import ops
-from fusedres.inference import gpu, onednn
+from fusedres.inference import block, gpu, gpu_int8, onednn
 from fusedres.inference.bound import Bound
+from fusedres.inference.fold import pads_zeros
 from fusedres.inference.layers import ConvBiasAct, Stem
 from fusedres.inference.prepared import Prepared
-from fusedres.inference.quantized import QuantizedConv
+from fusedres.inference.quantized import Dequantize, Quantize, QuantizedConv
 
 _ROUNDS = 4
 
@@ -90,15 +92,25 @@ class Program:
         values: dict[fx.Node, Tensor] = {}
         slot: dict[fx.Node, int] = {}
         free: list[int] = []
+        whole: dict[fx.Node, tuple[Bound, fx.Node] | None] = {}  # blocks in one launch, their nodes
         for node in nodes:
             inputs = node.all_input_nodes
             if node.op == "output":
                 break
+            whole.update(self._whole_block(node, values))
+            if node in whole and whole[node] is None:
+                continue
             if node.op == "placeholder":
                 value, bound = x, None
             else:
-                bound = self._bind(node, [values[i] for i in inputs])
-                self.choices.append(self._choice(node, bound, [values[i] for i in inputs]))
+                if node in whole:
+                    bound, source = whole[node]  # type: ignore[misc]
+                    inputs = [source]
+                else:
+                    bound = self._bind(node, [values[i] for i in inputs])
+                tensors = [values[i] for i in inputs]
+                choice = self._choice(node, bound, tensors)
+                self.choices.append(choice._replace(op="bottleneck") if node in whole else choice)
                 value = bound.run(*(values[i] for i in inputs), *bound.constants)
             taken = tuple(slot[i] for i in inputs)
             # what is read here for the last time makes room, first of all for the result
@@ -115,9 +127,27 @@ class Program:
         (result,) = inputs
         return values[result], slot[result]
 
+    def _whole_block(
+        self, node: fx.Node, values: dict[fx.Node, Tensor]
+    ) -> dict[fx.Node, tuple[Bound, fx.Node] | None]:
+        """If a block that begins here runs in one launch: at its last node how, None at the others."""
+        forced = ops.forced_backend()
+        found = block.find(self._net, node) if forced in ("auto", "cuda") else None
+        if found is None or found.source not in values:
+            return {}
+        x = values[found.source]
+        if (x.device.type != "cuda" and forced == "auto") or x.numel() == 0:
+            return {}
+        bound = block.bind(found, x, self._prepared)
+        if bound is None:
+            return {}
+        return {**dict.fromkeys(found.nodes), found.nodes[-1]: (bound, found.source)}
+
     def _bind(self, node: fx.Node, tensors: list[Tensor]) -> Bound:
         if node.op == "get_attr":
             return Bound(lambda: _attribute(self._net, str(node.target)))
+        if pads_zeros(node):
+            return Bound(_pad, node.args[1:])
         run: Any = node.target
         if node.op == "call_method":
             run = getattr(torch.Tensor, str(node.target))
@@ -160,10 +190,13 @@ class Program:
     def _bind_layer(self, layer: nn.Module, node: fx.Node, tensors: list[Tensor]) -> Bound | None:
         """What is better than calling the module; None if nothing is."""
         forced, x = ops.forced_backend(), tensors[0]
-        if not isinstance(layer, ConvBiasAct | QuantizedConv) or forced == "reference" or x.numel() == 0:
+        if forced == "reference" or x.numel() == 0:
             return None
         residual = tensors[1] if len(tensors) > 1 else None
         reuse = len(node.args) > 2
+        on_gpu = x.device.type == "cuda" or forced in ("triton", "cuda")
+        if on_gpu and isinstance(layer, Quantize | QuantizedConv):
+            return gpu_int8.bind(layer, tensors, self._read_as(node), self._prepared)
         if isinstance(layer, QuantizedConv):
             if x.device.type != "cpu":
                 return None
@@ -171,7 +204,9 @@ class Program:
                 layer, x, self._prepared, residual=residual is not None, reuse=reuse
             )
             return self._fastest(str(node.target), ways, tensors)
-        if x.device.type == "cuda" or forced in ("triton", "cuda"):
+        if not isinstance(layer, ConvBiasAct):
+            return None
+        if on_gpu:
             if isinstance(layer, Stem):
                 return gpu.bind_stem(layer, x, self._prepared)
             return gpu.bind_conv(layer, x, residual, self._prepared)
@@ -180,6 +215,23 @@ class Program:
                 return onednn.bind_stem(layer, x, self._prepared)
             return onednn.bind_conv(layer, x, self._prepared, residual=residual is not None, reuse=reuse)
         return None
+
+    def _read_as(self, node: fx.Node) -> torch.dtype | None:
+        """The dtype that all who read a layer's levels convert them to; None if one reads levels."""
+        dtypes = set()
+        for user in node.users:
+            reader = self._net.get_submodule(str(user.target)) if user.op == "call_module" else None
+            dtypes.add(reader.like.dtype if isinstance(reader, Dequantize) else None)
+        return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _pad(x: Tensor, pads: Sequence[int]) -> Tensor:
+    """F.pad with zeros, in channels_last: of a strided image with an odd side it makes NCHW.
+
+    Levels are padded where 0 is the lowest (see ``calibrate``).
+    """
+    zero = 0 if x.is_floating_point() else torch.iinfo(x.dtype).min
+    return F.pad(x, pads, value=zero).contiguous(memory_format=torch.channels_last)
 
 
 def _nodes_in(args: Any) -> list[fx.Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +15,25 @@ WEIGHT_LEVELS = 127
 
 
 class Scale(NamedTuple):
-    """An 8-bit value q stands for (q - zero) * step (Jacob et al. 2018, equation 1)."""
+    """An 8-bit value q stands for (q - zero) * step (Jacob et al. 2018, equation 1).
+
+    Stored as uint8, or as int8: q - 128, since a GPU's tensor cores multiply signed values alone.
+    """
 
     step: float
     zero: int
 
-    def quantize(self, x: Tensor) -> Tensor:
-        return torch.round(x.float() / self.step + self.zero).clamp(0, LEVELS).to(torch.uint8)
+    def stored_zero(self, stored: torch.dtype) -> int:
+        """``zero`` as it is stored."""
+        return self.zero + torch.iinfo(stored).min
+
+    def quantize(self, x: Tensor, stored: torch.dtype = torch.uint8) -> Tensor:
+        least = torch.iinfo(stored).min
+        q = torch.round(x.float() / self.step + self.stored_zero(stored))
+        return q.clamp(least, least + LEVELS).to(stored)
 
     def dequantize(self, q: Tensor) -> Tensor:
-        return (q.float() - self.zero) * self.step
+        return (q.float() - self.stored_zero(q.dtype)) * self.step
 
 
 class Quantize(nn.Module):
@@ -104,10 +113,15 @@ class QuantizedConv(nn.Module):
         """[K, C / groups, R, S], float32"""
         return self.weight.float() * self.weight_step[:, None, None, None]
 
+    def in_floating_point(self, dtype: torch.dtype) -> ConvBiasAct:
+        """The convolution that it is between two conversions."""
+        sizes: tuple[Any, ...] = (self.stride, self.padding, self.dilation, self.groups)
+        return ConvBiasAct(self.float_weight(), self.bias, *sizes, relu=self.relu).to(dtype)
+
     def forward(self, x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
-        """[N, C, H, W] (and [N, K, P, Q]) -> [N, K, P, Q], all uint8"""
+        """[N, C, H, W] (and [N, K, P, Q]) -> [N, K, P, Q], all uint8, or all int8"""
         sizes = (self.stride, self.padding, self.dilation, self.groups)
         y = F.conv2d(self.x.dequantize(x), self.float_weight(), self.bias, *sizes)
         if residual is not None and self.residual is not None:
             y = y + self.residual.dequantize(residual)
-        return self.out.quantize(y.relu() if self.relu else y)
+        return self.out.quantize(y.relu() if self.relu else y, x.dtype)

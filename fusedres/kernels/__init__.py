@@ -12,6 +12,10 @@ import importlib.util
 from types import ModuleType
 
 
+class NoSuchSetting(Exception):
+    """A kernel has fewer launch settings than a trial asked for."""
+
+
 @functools.cache
 def load(name: str) -> ModuleType:
     """The module of implementation ``name``."""

@@ -9,6 +9,8 @@ output may be the same tensor as ``grad``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -208,6 +210,11 @@ def _wide(t: Tensor) -> Tensor:
     return t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
 
 
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):  # it would round both to 16 bits again
+        return F.conv2d(_wide(x), _wide(weight), bias, stride, padding)
+
+
 def conv_fwd(
     x: Tensor,
     stats: Tensor | None,
@@ -227,7 +234,7 @@ def conv_fwd(
     if stats is not None:
         activation = torch.empty_like(x) if z is None else z
         bn_act(x, stats, residual, residual_stats, relu, activation)
-    y.copy_(F.conv2d(_wide(activation), _wide(weight), None, stride, weight.shape[2] // 2))
+    y.copy_(_convolve(activation, weight, None, stride, weight.shape[2] // 2))
     if y_stats is not None:
         bn_stats(y, norm_weight, norm_bias, eps, y_stats)
 
@@ -241,10 +248,55 @@ def conv_bias_act(
     stride: int,
     z: Tensor,
 ) -> None:
-    u = F.conv2d(_wide(x), _wide(weight), bias, stride, weight.shape[2] // 2)
+    u = _convolve(x, weight, bias, stride, weight.shape[2] // 2)
     if residual is not None:
         u += residual
     z.copy_(torch.relu(u) if relu else u)
+
+
+def bottleneck_infer(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    weight3: Tensor,
+    bias3: Tensor,
+    z: Tensor,
+) -> None:
+    inner = [torch.empty_like(x[:, :1].expand(-1, weight1.shape[0], -1, -1)) for _ in range(2)]
+    conv_bias_act(x, weight1, bias1, None, True, 1, inner[0])
+    conv_bias_act(inner[0], weight2, bias2, None, True, 1, inner[1])
+    conv_bias_act(inner[1], weight3, bias3, x, True, 1, z)
+
+
+def conv_int8(
+    x: Tensor,
+    border: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    residual_step: float,
+    floor: float,
+    stride: int,
+    z: Tensor,
+) -> None:
+    side, (n, _, height, width) = weight.shape[2] // 2, x.shape
+    padded = _per_channel(border).repeat(n, 1, height + 2 * side, width + 2 * side)
+    padded[:, :, side : side + height, side : side + width] = x
+    # integers up to 2^53 are exact in float64, which has a convolution on every device
+    sums = F.conv2d(padded.double(), weight.double(), None, stride) + _per_channel(offset)
+    u = sums.float() * _per_channel(scale) + _per_channel(bias)
+    if residual is not None:
+        u += residual * residual_step
+    u = torch.where(u < floor, floor, u)
+    z.copy_(torch.round(u).clamp(-128, 127) if z.dtype == torch.int8 else u)
+
+
+def quantize_int8(x: Tensor, step: float, zero: int, z: Tensor) -> None:
+    z.copy_(torch.round(_wide(x) / step + zero).clamp(-128, 127))
 
 
 def _output_gradient(du: Tensor, y: Tensor | None, y_stats: Tensor | None, y_sums: Tensor | None) -> Tensor:
@@ -319,9 +371,26 @@ def stem_conv(
     pixels.zero_()
     image = pixels[:, STEM_BORDER : STEM_BORDER + height, STEM_BORDER + 1 : STEM_BORDER + 1 + width]
     image[..., :STEM_CHANNELS] = x.permute(0, 2, 3, 1)
-    y.copy_(F.conv2d(_wide(x.to(y.dtype)), _wide(weight.to(y.dtype)), None, 2, STEM_BORDER))
+    y.copy_(_convolve(x.to(y.dtype), weight.to(y.dtype), None, 2, STEM_BORDER))
     if y_stats is not None:
         bn_stats(y, norm_weight, norm_bias, eps, y_stats)
+
+
+def stem_bias_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    pool: bool,
+    z: Tensor,
+) -> None:
+    image = x.to(_wide(z).dtype)
+    if mean is not None and std is not None:
+        of_mean, of_std = (image.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
+        image = (image - of_mean) / of_std
+    u = F.conv2d(_wide(image.to(z.dtype)), _wide(weight.to(z.dtype)), bias, 2, STEM_BORDER).relu_()
+    z.copy_(F.max_pool2d(u, 3, 2, 1) if pool else u)
 
 
 def stem_wgrad(dy: Tensor, pixels: Tensor, dweight: Tensor) -> None:

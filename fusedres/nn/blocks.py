@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fusedres.nn.casts import convolve
 from fusedres.nn.chain import Pairs, fused_chain, is_small, unfused_chain_reason
-from fusedres.nn.fuse import altered, batch_norm_act, copied_statistics, is_recomputed
+from fusedres.nn.fuse import altered, batch_norm_act, copied_statistics
 from fusedres.nn.shortcut import one_of, shortcut
 
 Variant = Literal["v1.5", "v1"]
@@ -46,13 +46,14 @@ class Residual:
     downsample: nn.Module | None
 
     def forward(self, x: Tensor) -> Tensor:
-        pairs, relu, downsample = self.pairs, self.relu, self.downsample
+        block: Any = self
+        pairs, relu, downsample = self.pairs, block._modules["relu"], self.downsample
         if is_small(x, downsample) and type(pairs[0][1]) is not nn.SyncBatchNorm:
             act = torch.relu_ if type(relu) is nn.ReLU and altered(relu) is None else relu
-            if is_recomputed():
-                with copied_statistics(self):
-                    return _child_by_child(pairs, act, downsample, x)
-            return _child_by_child(pairs, act, downsample, x)
+            if torch._C._current_graph_task_id() == -1:
+                return _child_by_child(pairs, act, downsample, x)
+            with copied_statistics(self):  # repeated, inside the backward of activation checkpointing
+                return _child_by_child(pairs, act, downsample, x)
         fused = fused_chain(pairs, relu, x, downsample)
         if fused is not None:
             return fused
@@ -82,12 +83,14 @@ def _child_by_child(
 
 def basic_pairs(block: Any) -> Pairs:
     """The convolutions of a basic block, each with the norm behind it."""
-    return ((block.conv1, block.bn1), (block.conv2, block.bn2))
+    of = block._modules  # nn.Module's own way to a child is slow beside a small block's operators
+    return ((of["conv1"], of["bn1"]), (of["conv2"], of["bn2"]))
 
 
 def bottleneck_pairs(block: Any) -> Pairs:
     """The convolutions of a bottleneck, each with the norm behind it."""
-    return (*basic_pairs(block), (block.conv3, block.bn3))
+    of = block._modules
+    return ((of["conv1"], of["bn1"]), (of["conv2"], of["bn2"]), (of["conv3"], of["bn3"]))
 
 
 class BasicBlock(Residual, TraceForScript):

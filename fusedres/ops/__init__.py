@@ -23,20 +23,26 @@ from fusedres.ops import (
     bn_act_backward,
     bn_relu_maxpool,
     bn_stats,
+    bottleneck_infer,
     cast_weights,
     conv,
     conv_bias_act,
+    conv_int8,
     global_avg_pool,
+    quantize_int8,
     stem,
 )
+from fusedres.ops.bottleneck_infer import shape_of as bottleneck_shape
 from fusedres.ops.conv import shape_of as conv_shape
-from fusedres.ops.dispatch import backend, choice, forced_backend, layout, served, served_from
+from fusedres.ops.dispatch import backend, candidates, choice, forced_backend, layout, served, served_from
 from fusedres.ops.stem import shape_of as stem_shape
 from fusedres.ops.tensors import Op, stats_dtype
 
 __all__ = [
     "OPS",
     "backend",
+    "bottleneck_shape",
+    "candidates",
     "choice",
     "conv_shape",
     "forced_backend",
@@ -59,6 +65,9 @@ OPS: dict[str, Op] = {
         cast_weights,
         conv,
         conv_bias_act,
+        bottleneck_infer,
+        conv_int8,
+        quantize_int8,
         stem,
     )
     for name, op in module.OPS.items()

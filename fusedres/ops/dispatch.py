@@ -51,7 +51,16 @@ def choice(
 ) -> plan.Choice:
     """The implementation that serves ``op`` on ``device``, and why; ``conv``: on that shape."""
     _check_backend(forced)
-    problem = plan.Problem(
+    return plan.choose(_problem(op, device, dtype, conv), kernels.unavailable(), forced)
+
+
+def candidates(op: str, device: torch.device, dtype: torch.dtype, conv: plan.Conv) -> list[str]:
+    """The implementations with a kernel for a convolution, the likeliest first."""
+    return plan.able(_problem(op, device, dtype, conv), kernels.unavailable())
+
+
+def _problem(op: str, device: torch.device, dtype: torch.dtype, conv: plan.Conv | None) -> plan.Problem:
+    return plan.Problem(
         op=op,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
@@ -61,7 +70,6 @@ def choice(
         conv=conv,
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" and conv else None,
     )
-    return plan.choose(problem, kernels.unavailable(), forced)
 
 
 def served_from(op: str, device: torch.device, dtype: torch.dtype, forced: str) -> int | None:

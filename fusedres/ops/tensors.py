@@ -33,9 +33,11 @@ def new_sums(stats: Tensor, residual_stats: Tensor | None) -> tuple[Tensor, Tens
     return stats.new_empty(shape), None if residual_stats is None else stats.new_empty(shape)
 
 
-def check_vectors(x: Tensor, shape: tuple[int, ...], **vectors: Tensor | None) -> None:
-    """Kernels get bare pointers: what they would misread is refused here."""
-    dtype, device = stats_dtype(x), x.device
+def check_vectors(
+    x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None, **vectors: Tensor | None
+) -> None:
+    """Kernels get bare pointers: what they would misread is refused here. dtype: None for that of stats."""
+    dtype, device = stats_dtype(x) if dtype is None else dtype, x.device
     for name, v in vectors.items():
         if v is None or (v.dtype is dtype and v.shape == shape and v.device == device and v.is_contiguous()):
             continue

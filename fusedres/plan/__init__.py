@@ -7,12 +7,15 @@ measured on this device stands in :data:`MEASURED`, where ``autotune`` puts it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fusedres.plan.conv import (
+    BLOCK_OPS,
     CONV_BIAS_OPS,
     CONV_OPS,
+    INT8_OPS,
+    STEM_BIAS_OPS,
     STEM_OPS,
     Conv,
     likely,
@@ -25,24 +28,29 @@ __all__ = [
     "ALL_OPS",
     "AVGPOOL_OPS",
     "BACKENDS",
+    "BLOCK_OPS",
     "BN_OPS",
     "CANDIDATES",
     "COMPOSED",
     "CONV_BIAS_OPS",
+    "CONV_CANDIDATES",
     "CONV_OPS",
     "DEVICE",
     "IMPLEMENTATIONS",
+    "INT8_OPS",
     "LEAST_VALUES",
     "LEAST_VALUES_OF",
     "MAXPOOL_OPS",
     "MEASURED",
     "OPS",
+    "STEM_BIAS_OPS",
     "STEM_OPS",
     "Choice",
     "Conv",
     "Key",
     "Measured",
     "Problem",
+    "able",
     "choose",
     "covers",
     "least_values",
@@ -68,25 +76,32 @@ MAXPOOL_OPS = (
     "bias_relu_maxpool",
 )
 AVGPOOL_OPS = ("global_avg_pool", "global_avg_pool_backward")
-ALL_OPS = (*BN_OPS, *MAXPOOL_OPS, *AVGPOOL_OPS, "cast_weights", *CONV_OPS, *CONV_BIAS_OPS, *STEM_OPS)
+# each a convolution (or three), so that a measurement may decide between ours and PyTorch's
+CONVOLUTIONS = (*CONV_OPS, *CONV_BIAS_OPS, *BLOCK_OPS, *INT8_OPS, *STEM_OPS, *STEM_BIAS_OPS)
+ALL_OPS = (*BN_OPS, *MAXPOOL_OPS, *AVGPOOL_OPS, "cast_weights", "quantize_int8", *CONVOLUTIONS)
 # a few ops save passes over what others, and PyTorch's own, do as well: where an implementation hasn't
 # got one of these the callers take those, also if it is forced
 COMPOSED = frozenset(ALL_OPS) - frozenset(BN_OPS)
 KERNEL_DTYPES = ("float32", "bfloat16", "float16")
+INT8_DTYPES = ("int8",)
 MIN_CAPABILITY = (8, 0)
 
 # the ops that each implementation has, and the kind of device it runs on
 OPS = {
     "cpu": frozenset(BN_OPS + MAXPOOL_OPS),
-    "triton": frozenset(BN_OPS + CONV_OPS + CONV_BIAS_OPS + STEM_OPS),
-    "cuda": frozenset(BN_OPS + MAXPOOL_OPS + AVGPOOL_OPS) | {"cast_weights", "conv_dgrad"},
+    "triton": frozenset(BN_OPS + CONV_OPS + CONV_BIAS_OPS + INT8_OPS + STEM_OPS) | {"quantize_int8"},
+    "cuda": frozenset(
+        BN_OPS + MAXPOOL_OPS + AVGPOOL_OPS + CONV_BIAS_OPS + BLOCK_OPS + STEM_OPS + STEM_BIAS_OPS
+    )
+    | {"cast_weights", "conv_fwd", "conv_dgrad"},
 }
 DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # in the order of preference on a device: CUDA first, since
 # less Python stands before its launch
 CANDIDATES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-# of convolutions; Triton's are those that are measured
-CONV_CANDIDATES = {**CANDIDATES, "cuda": ("triton", "cuda")}
+# of convolutions until they are measured: Triton's use the tensor cores of 9.0 and 10.0 as those are meant to
+# be used (wgmma, tcgen05), CUDA's the instructions of 8.0
+CONV_CANDIDATES = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 # Values of an activation from which a CPU kernel pays: below, the call costs more than it saves, since
 # PyTorch's second pass finds a small tensor in the cache. From whole steps of ResNet-18 and 50 at batch
 # 1 to 16 on two cores, by dtype.
@@ -151,20 +166,31 @@ class Choice(NamedTuple):
     open: bool = False
 
 
+def lacks(name: str, problem: Problem) -> str | None:
+    """Which kernel implementation ``name`` hasn't got, that others have; None if it has."""
+    if problem.op not in OPS[name]:
+        return f"{name} has no kernel for {problem.op}"
+    if name == "cuda" and problem.conv is not None and outside_kernels(problem.op, problem.conv) is None:
+        return outside_cuda(problem.op, problem.conv, problem.dtype, problem.capability)
+    return None
+
+
 def refusal(name: str, problem: Problem, unavailable: Mapping[str, str]) -> str | None:
     """Why implementation ``name`` can't serve ``problem``; None if it can."""
     if name == "reference":
         return None
     if name in unavailable:
         return unavailable[name]
-    if problem.op not in OPS[name]:
-        return f"{name} has no kernel for {problem.op}"
-    if problem.dtype not in KERNEL_DTYPES:
-        return f"no kernel for {problem.dtype} (there are float32, bfloat16 and float16)"
+    lacking = lacks(name, problem)
+    if lacking is not None:
+        return lacking
+    dtypes = INT8_DTYPES if problem.op in INT8_OPS else KERNEL_DTYPES
+    if problem.dtype not in dtypes:
+        *most, last = dtypes
+        there = f"there are {', '.join(most)} and {last}" if most else f"there is {last}"
+        return f"no kernel for {problem.dtype} ({there})"
     if problem.conv is not None:
-        why = outside_contract(problem.conv) or outside_kernels(problem.conv)
-        if why is None and name == "cuda":
-            why = outside_cuda(problem.op, problem.conv)
+        why = outside_contract(problem.conv) or outside_kernels(problem.op, problem.conv)
         if why is not None:
             return why
     if name == "triton" and problem.interpreted:
@@ -226,38 +252,45 @@ def choose(problem: Problem, unavailable: Mapping[str, str], forced: str = "auto
     if forced != "auto":
         why = refusal(forced, problem, unavailable)
         if why is not None:
-            if forced not in unavailable and _left_to_pytorch(forced, problem):
+            if forced not in unavailable and problem.op in COMPOSED and why == lacks(forced, problem):
                 return Choice("aten", why)
             raise RuntimeError(f"backend {forced!r} can't serve {problem.op} on {problem.device}: {why}")
         return Choice(forced, "forced")
-    reasons: list[str] = []
-    convolves = problem.op in CONV_OPS + CONV_BIAS_OPS + STEM_OPS
-    for name in (CONV_CANDIDATES if convolves else CANDIDATES).get(problem.device, ()):
-        why = refusal(name, problem, unavailable)
-        if why is None and convolves:
-            return _fused_or_not(name, problem)
-        if why is None:
-            reasons.append(f"{'next' if reasons else 'first'} choice on {problem.device}")
-            least = least_values(name, problem.dtype, problem.op)
-            if least:
-                reasons.append(f"from {least:,} values of an activation, below them aten")
-            return Choice(name, "; ".join(reasons))
-        reasons.append(f"{name}: {why}")
-    return Choice("aten", "; ".join(reasons) or f"no kernels for {problem.device} devices")
+    order = _order(problem)
+    refusals = {name: refusal(name, problem, unavailable) for name in order}
+    serving = [name for name in order if refusals[name] is None]
+    reasons = [f"{name}: {why}" for name, why in refusals.items() if why is not None]
+    if not serving:
+        return Choice("aten", "; ".join(reasons) or f"no kernels for {problem.device} devices")
+    if _is_convolution(problem):
+        return _fused_or_not(serving, problem)
+    name = serving[0]
+    reasons = reasons[: order.index(name)]
+    reasons.append(f"{'next' if reasons else 'first'} choice on {problem.device}")
+    least = least_values(name, problem.dtype, problem.op)
+    if least:
+        reasons.append(f"from {least:,} values of an activation, below them aten")
+    return Choice(name, "; ".join(reasons))
 
 
-def _left_to_pytorch(name: str, problem: Problem) -> bool:
-    """Whether PyTorch's own serve what implementation ``name`` hasn't got: the op, or this shape of it."""
-    if problem.op not in OPS[name]:
-        return problem.op in COMPOSED
-    return name == "cuda" and problem.conv is not None and outside_cuda(problem.op, problem.conv) is not None
+def able(problem: Problem, unavailable: Mapping[str, str]) -> list[str]:
+    """The implementations with a kernel for ``problem``, in the order of preference."""
+    return [name for name in _order(problem) if refusal(name, problem, unavailable) is None]
 
 
-def _fused_or_not(name: str, problem: Problem) -> Choice:
-    """Whether ``name`` or PyTorch's own serves a convolution with what goes with it."""
+def _is_convolution(problem: Problem) -> bool:
+    return problem.op in CONVOLUTIONS
+
+
+def _order(problem: Problem) -> tuple[str, ...]:
+    return (CONV_CANDIDATES if _is_convolution(problem) else CANDIDATES).get(problem.device, ())
+
+
+def _fused_or_not(serving: Sequence[str], problem: Problem) -> Choice:
+    """Which of ``serving``, or PyTorch's own, serves a convolution with what goes with it."""
     if problem.conv is not None and problem.device_name is not None:
         measured = MEASURED.get(Key(problem.device_name, problem.op, problem.dtype, problem.conv))
-        if measured is not None:
+        if measured is not None and measured.best in (*serving, "aten"):
             return Choice(measured.best, measured.reason, open=True)
     pays, why = likely(problem.op, problem.conv, problem.dtype)
-    return Choice(name if pays else "aten", why, open=name == "triton")
+    return Choice(serving[0] if pays else "aten", why, open=True)

@@ -9,12 +9,16 @@ from typing import NamedTuple
 
 CONV_OPS = ("conv_fwd", "conv_dgrad", "conv_wgrad")
 CONV_BIAS_OPS = ("conv_bias_act",)
+BLOCK_OPS = ("bottleneck_infer",)
+INT8_OPS = ("conv_int8",)
 STEM_OPS = ("stem_conv", "stem_wgrad")
+STEM_BIAS_OPS = ("stem_bias_act",)
 
-# An H100's measured copy (bytes a second) and bf16 product (FLOP a second); on other chips it is their
+# An H100's measured copy (bytes a second) and bf16 product (FLOP a second; of int8 twice that, as its data
+# sheet has it); on other chips it is their
 # quotient that decides, and that differs little
 BANDWIDTH = 2.93e12
-PEAK = {"float32": 3.8e14, "bfloat16": 7.53e14, "float16": 7.53e14}
+PEAK = {"float32": 3.8e14, "bfloat16": 7.53e14, "float16": 7.53e14, "int8": 2 * 7.53e14}
 IEEE_PEAK = 5e13  # without tensor cores
 # what cuDNN reaches of them in ResNet-50's layers at batch 256, at the middle: 0.9 where memory bounds a
 # layer, 0.85 where arithmetic does
@@ -25,7 +29,14 @@ FUSED_COST = 1.3
 # cuDNN's time for a 3x3 of 64 channels and filters over what it reaches elsewhere: 1.9 times its floor
 NARROW, NARROW_COST = 64, 1.6
 STEM = 7  # side of its filters
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+# what channels and filters have to be multiples of, for accesses of 16 bytes
+MULTIPLE, INT8_MULTIPLE = 8, 16
+# of a block in one launch: what its kernel is made for, the chips with 99 KB of shared memory for a block of
+# threads, and arithmetic that it does over what is needed (the border again, positions that aren't there)
+WHOLE_BLOCK_INNER, WHOLE_BLOCK_CHANNELS = (64, 128), 128
+LITTLE_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
+WHOLE_BLOCK_FLOP = 1.5
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
 class Conv(NamedTuple):
@@ -73,28 +84,40 @@ def outside_contract(conv: Conv) -> str | None:
     return None
 
 
-def outside_kernels(conv: Conv) -> str | None:
+def outside_kernels(op: str, conv: Conv) -> str | None:
     """Why the kernels don't take a shape that the ops take; None if they do."""
-    if conv.side == STEM and conv.filters % 8 == 0:
+    multiple = INT8_MULTIPLE if op in INT8_OPS else MULTIPLE
+    if conv.side == STEM and conv.filters % multiple == 0:
         return None
-    if conv.channels % 8 or conv.filters % 8:
-        return f"channels and filters must be multiples of 8, got {conv.channels} and {conv.filters}"
+    if conv.channels % multiple or conv.filters % multiple:
+        return f"channels and filters must be multiples of {multiple}, got {conv.channels} and {conv.filters}"
     return None
 
 
-def outside_cuda(op: str, conv: Conv) -> str | None:
-    """Why the CUDA kernels don't take a shape that Triton's take; None if they do."""
+def outside_cuda(op: str, conv: Conv, dtype: str, capability: tuple[int, int] | None) -> str | None:
+    """Why the CUDA kernels don't take what the kernels take; None if they do."""
     if conv.ieee:
-        return "the CUDA convolutions multiply float32 as TF32, which torch.backends.cudnn.allow_tf32 forbids"
+        return "CUDA kernels multiply float32 as TF32, which torch.backends.cudnn.allow_tf32 forbids"
     if op == "conv_dgrad" and conv.stride != 1:
         return f"the CUDA conv_dgrad is of stride 1, got {conv.stride}"
+    if op not in BLOCK_OPS:
+        return None
+    if dtype == "float32":
+        return "a whole block is for 16 bits"
+    if conv.filters not in WHOLE_BLOCK_INNER or conv.channels % WHOLE_BLOCK_CHANNELS:
+        return (
+            f"a whole block has {' or '.join(map(str, WHOLE_BLOCK_INNER))} inner channels and a multiple of "
+            f"{WHOLE_BLOCK_CHANNELS} outside, got {conv.filters} and {conv.channels}"
+        )
+    if conv.filters > WHOLE_BLOCK_INNER[0] and capability in LITTLE_SHARED_MEMORY:
+        return f"a whole block of {conv.filters} inner channels needs 110 KB of shared memory, the GPU has 99"
     return None
 
 
 def predicted(op: str, conv: Conv, dtype: str) -> tuple[float, float]:
     """Seconds on an H100 of the fused kernel and of PyTorch's convolution with its batch-norm passes.
 
-    A prediction: bytes and FLOP against what memory and cuDNN reach. Of conv_bias_act without the residual,
+    A prediction: bytes and FLOP against what memory and cuDNN reach. Of a trained net's without the residual,
     which the fused kernel and cuDNN's read alike.
     """
     n, filters, height, width = conv.out_shape
@@ -103,10 +126,13 @@ def predicted(op: str, conv: Conv, dtype: str) -> tuple[float, float]:
     flop = 2 * n * filters * height * width * conv.channels * conv.side**2
     bandwidth = BANDWIDTH * REACHED_BANDWIDTH
 
-    def product(moved: int) -> float:
+    def product(moved: int, dtype: str = dtype) -> float:
         return max(moved / bandwidth, flop / ((IEEE_PEAK if conv.ieee else PEAK[dtype]) * REACHED_PEAK))
 
     plain = product(inputs + outputs)
+    if op in INT8_OPS:  # in bf16 there are two bytes to read and write, once more between two conversions
+        converted = product(2 * (inputs + outputs), "bfloat16") + 3 * (inputs + outputs) / bandwidth
+        return plain * FUSED_COST, converted
     if op in CONV_BIAS_OPS:  # cuDNN's is one pass as well
         narrow = conv.side == 3 and conv.channels == conv.filters == NARROW and not conv.ieee
         return plain * FUSED_COST, plain * (NARROW_COST if narrow else 1)
@@ -123,12 +149,27 @@ def predicted(op: str, conv: Conv, dtype: str) -> tuple[float, float]:
     return fused, plain + passes / bandwidth
 
 
+def predicted_block(conv: Conv, dtype: str) -> tuple[float, float]:
+    """Seconds on an H100 of a block in one launch and of its three convolutions; a prediction as above."""
+    positions = conv.batch * conv.height * conv.width
+    wide, inner = (positions * channels * ITEMSIZE[dtype] for channels in (conv.channels, conv.filters))
+
+    def product(moved: int, flop: float) -> float:
+        return max(moved / (BANDWIDTH * REACHED_BANDWIDTH), flop / (PEAK[dtype] * REACHED_PEAK))
+
+    outer_flop = 2 * positions * conv.channels * conv.filters
+    window_flop = 2 * positions * 9 * conv.filters**2
+    whole = product(2 * wide, WHOLE_BLOCK_FLOP * (2 * outer_flop + window_flop)) * FUSED_COST
+    first, last = product(wide + inner, outer_flop), product(inner + 2 * wide, outer_flop)
+    return whole, first + product(2 * inner, window_flop) + last
+
+
 def likely(op: str, conv: Conv | None, dtype: str) -> tuple[bool, str]:
     """Whether the fused kernel is predicted to win, and why."""
     if conv is None:
         return True, "by shape"
-    if op in STEM_OPS:
+    if op in STEM_OPS + STEM_BIAS_OPS:
         # 11 (bf16) and 3.5 (fp16) times the memory's floor forward, 7 and 3.5 for the weight
         return not conv.ieee, "predicted: cuDNN's takes 3 to 11 times what memory needs; not measured"
-    fused, plain = predicted(op, conv, dtype)
+    fused, plain = predicted_block(conv, dtype) if op in BLOCK_OPS else predicted(op, conv, dtype)
     return fused <= plain, f"predicted {fused * 1e6:.0f} us fused, {plain * 1e6:.0f} us not; not measured"

@@ -79,6 +79,7 @@ OPS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "bias_relu_maxpool": {"none": ("x", "pooled")},
     "global_avg_pool": {"none": ("x", "means")},
     "global_avg_pool_backward": {"none": ("dmeans", "dx")},
+    "quantize_int8": {"none": ("x", "levels")},
     "cast_weights": {"none": ("weights", "casts")},
     # by what a block asks of a convolution: inner ones are behind a batch norm of the block, the first is on
     # its input, whose gradient has the shortcut's added; with a residual the block's input is made on the way
@@ -99,6 +100,8 @@ OPS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "projection": ("du y x", "dweight"),
     },
     "conv_bias_act": {"none": ("x weight", "z"), "plain": ("x residual weight", "z")},
+    "bottleneck_infer": {"none": ("x weight1 weight2 weight3", "z")},
+    "conv_int8": {"none": ("x weight", "z"), "plain": ("x residual weight", "z")},
     # packs the image first
     "stem_conv": {"none": ("image pixels weight", "packed y")},
     "stem_wgrad": {"none": ("dy pixels", "dweight")},

@@ -9,10 +9,13 @@ import pytest
 import torch
 from ecosystem_nets import images
 from fused_ops import FusedOps
+from op_case import arguments
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from twin_steps import assert_as_exact, assert_same, left_behind, norms_of, short_twins, step
 
 import fusedres
+from fusedres import ops
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
@@ -137,3 +140,31 @@ def test_weights_are_cast_anew_after_a_step(reference):
         after = fused(x)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert torch.equal(fused(x), after) and not torch.equal(before, after)
+
+
+@HALVES
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", ops.OPS)
+def test_an_op_is_below_autocast(name, backend, dtype):
+    """As PyTorch's own are: it computes with what it is given."""
+    for args in arguments(name):
+        results = []
+        for enabled in (False, True):
+            given = copy.deepcopy(args)
+            with fusedres.backend(backend), torch.autocast("cpu", dtype, enabled=enabled):
+                out = getattr(torch.ops.fusedres, name)(*given)
+            tensors = tree_leaves((out, given))  # some write to what they are given
+            results.append([t for t in tensors if isinstance(t, Tensor)])
+        torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+@HALVES
+@pytest.mark.parametrize("name", ["basic", "torchvision basic", "timm basic"])
+def test_a_net_in_16_bits(name, dtype):
+    """model.bfloat16(): PyTorch's own operators, with the statistics in 16 bits that they update."""
+    eager, fused = (net.to(dtype) for net in short_twins(name))
+    x = images(dtype=dtype)
+    with FusedOps() as called:
+        found = step(fused, x)
+    assert not called.batch_norms
+    assert_same(found, step(eager, x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,23 @@ import fusedres
 
 LOADS = """
 import sys, torch
-x, expected = torch.load(sys.argv[1] + "/data.pt")
-net = torch.export.load(sys.argv[1] + "/model.pt2").module()
+x, expected = torch.load("data.pt")
+net = torch.export.load("model.pt2").module()
 assert (net(x) - expected).norm() <= 1e-4 * expected.norm()
 assert not any(name.split(".")[0] == "fusedres" for name in sys.modules)
 """
+
+OURS = """
+import {packages}
+x, expected = torch.load("data.pt")
+torch.set_grad_enabled(False)
+torch.testing.assert_close({load}(x), expected)
+"""
+
+
+def in_another_process(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
 
 
 def exported(net: nn.Module) -> torch.export.ExportedProgram:
@@ -56,10 +69,7 @@ def test_loaded_without_this_package(tmp_path):
     torch.export.save(exported(fused), tmp_path / "model.pt2")
     x = images(7)
     torch.save((x, eager(x).detach()), tmp_path / "data.pt")
-    script = tmp_path / "load.py"
-    script.write_text(LOADS)
-    command = [sys.executable, script, tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    result = in_another_process(LOADS, tmp_path)
     assert result.returncode == 0, result.stderr
 
 
@@ -78,7 +88,7 @@ class Op(nn.Module):
 
 
 def test_a_graph_of_our_ops(fused_by, tmp_path):
-    """Whoever loads it imports fusedres."""
+    """For a batch of another size."""
     net = Op().eval()
     nn.init.normal_(net.bn.running_mean)
     x = torch.randn(4, 8, 6, 5)
@@ -106,12 +116,21 @@ def test_aot_inductor(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="compiles C++")
-def test_aot_inductor_with_our_ops(tmp_path):
+def test_who_loads_our_ops_imports_this_package(tmp_path):
+    """A program and a package of AOTInductor that have them, in another process."""
     pytest.importorskip("fusedres._C")
     net = Op().eval()
     x = torch.randn(4, 8, 6, 5)
     with torch.no_grad(), fusedres.backend("cpu"):
         program = torch.export.export(net, (x,))
-        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "op.pt2"))
-        found = torch._inductor.aoti_load_package(package)(x)
-    torch.testing.assert_close(found, torch.relu(net.bn(x)))
+        torch.export.save(program, tmp_path / "program.pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "package.pt2"))
+    torch.save((x, torch.relu(net.bn(x)).detach()), tmp_path / "data.pt")
+    for load, refusal in (
+        ("torch.export.load('program.pt2').module()", "deserializ"),
+        ("torch._inductor.aoti_load_package('package.pt2')", "find schema for fusedres::"),
+    ):
+        result = in_another_process(OURS.format(packages="torch, fusedres", load=load), tmp_path)
+        assert result.returncode == 0, result.stderr
+        result = in_another_process(OURS.format(packages="torch", load=load), tmp_path)
+        assert result.returncode == 1 and refusal in result.stderr, result.stderr

@@ -70,8 +70,32 @@ def test_a_trained_nets_convolution(side, stride):
     assert fused.get_total_flops() == eager.get_total_flops() > 0
 
 
+def test_a_whole_block():
+    x = torch.randn(2, 8, 9, 7)
+    weights = [torch.randn(16, 8, 1, 1), torch.randn(16, 16, 3, 3), torch.randn(8, 16, 1, 1)]
+    biases = [torch.randn(16), torch.randn(16), torch.randn(8)]
+
+    def eager():
+        t = x
+        for weight, bias in zip(weights, biases, strict=True):
+            t = F.conv2d(t, weight, bias, padding=weight.shape[2] // 2)
+
+    whole = [t for pair in zip(weights, biases, strict=True) for t in pair]
+    fused = count(lambda: OPS.bottleneck_infer(x, *whole))
+    assert fused.get_total_flops() == count(eager).get_total_flops() > 0
+
+
+def test_an_8_bit_convolution():
+    levels = torch.zeros(2, 16, 9, 7, dtype=torch.int8)
+    weight, vectors = levels.new_zeros(32, 16, 3, 3), torch.zeros(2, 32)
+    given = (levels, levels[0, :, 0, 0].clone(), weight, vectors[0].int(), *vectors, None, 0.0, 0.0, 2)
+    fused = count(lambda: OPS.conv_int8(*given, torch.int8))
+    eager = count(lambda: F.conv2d(levels.float(), weight.float(), None, 2, 1))
+    assert fused.get_total_flops() == eager.get_total_flops() > 0
+
+
 def test_every_convolution_has_a_formula():
-    convolutions = {name for name in ops.OPS if name.startswith(("conv_", "stem_"))}
+    convolutions = {name for name in ops.OPS if name.startswith(("conv_", "stem_", "bottleneck_"))}
     assert {str(op) for op in flop_registry if str(op).startswith("fusedres.")} == {
         f"fusedres.{name}" for name in convolutions
     }

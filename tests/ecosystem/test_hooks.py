@@ -90,6 +90,20 @@ def test_of_a_child(name, kind, reference):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_of_a_child_of_a_small_block(kind):
+    """Which is left to PyTorch's operators."""
+    eager, fused = pair("torchvision basic")
+    x = images(2, 24, torch.float64)
+    names = [*CHILDREN, "relu", "layer1.0.relu"]
+    with FusedOps() as ops:
+        found, seen = hooked_step(fused, kind, names, x)
+    assert not ops.batch_norms
+    expected, expected_seen = hooked_step(eager, kind, names, x)
+    assert_same_calls(seen, expected_seen)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ACTS)
 def test_of_whole_blocks(name, kind, reference):
     """They leave a block fused."""

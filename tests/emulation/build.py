@@ -7,6 +7,7 @@ Python itself has no ASan, so the module loads only where environment() is set f
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -18,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -112,7 +113,7 @@ def includes() -> list[str]:
 
 
 def gxx(words: Sequence[str], target: Path) -> None:
-    """Runs g++ into a file that appears when it is whole: another process may build the same."""
+    """Runs g++ into a file that appears when it is whole: it may be interrupted."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.{os.getpid()}")
     env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
@@ -120,6 +121,17 @@ def gxx(words: Sequence[str], target: Path) -> None:
     if done.returncode != 0:
         raise RuntimeError(f"g++ can't build {target.stem}:\n{done.stderr}")
     unfinished.replace(target)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process after the other builds into ``folder``: the next finds what it would have built."""
+    import fcntl  # Linux has it
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def digest(*parts: str | bytes) -> str:
@@ -161,11 +173,12 @@ def build(
         return target
 
     unique = dict.fromkeys(path.resolve() for path in (*sources, *OWN))
-    with ThreadPoolExecutor(JOBS) as pool:
-        objects = [str(path) for path in pool.map(compiled, unique)]
-    target = folder / digest(*objects) / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not target.exists():
-        gxx(["-shared", "-fsanitize=address,undefined", *objects], target)
+    with alone(folder):
+        with ThreadPoolExecutor(JOBS) as pool:
+            objects = [str(path) for path in pool.map(compiled, unique)]
+        target = folder / digest(*objects) / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        if not target.exists():
+            gxx(["-shared", "-fsanitize=address,undefined", *objects], target)
     return target
 
 

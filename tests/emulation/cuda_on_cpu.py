@@ -22,7 +22,8 @@ MULTIPROCESSORS = 2
 @functools.cache
 def module() -> ModuleType:
     """The compiled module's CUDA part, every kernel and launcher of it, over the emulation."""
-    sources = [build.ROOT / "csrc" / "bindings_cuda.cpp", *sorted(build.CUDA.glob("*.cu"))]
+    bindings = sorted((build.ROOT / "csrc").glob("bindings_cuda*.cpp"))
+    sources = [*bindings, *sorted(build.CUDA.glob("*.cu"))]
     return build.load(build.build("_emulated", sources, ["FUSEDRES_BIND_CUDA"]))
 
 

@@ -1,4 +1,4 @@
-"""Whole training steps whose batch norms, pools and casts are the emulated CUDA kernels."""
+"""Whole training steps and trained nets by the emulated CUDA kernels."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from bn_case import DTYPES, Case
 from emulation import build
 from fused_ops import FusedOps
+from test_inference import check, seasoned
 from tolerances import assert_close_to_reference
 from torch import Tensor, nn
 
@@ -102,21 +103,31 @@ NETS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NETS)
-def test_training_step(cuda, name, dtype):
+def test_training_step(cuda, name, dtype, monkeypatch):
+    """Of a net for CIFAR-10 the convolutions, too, of others in 16 bits the stem: wide ones take minutes."""
     model = NETS[name]()
+    if name != "cifar":
+        ours = plan.STEM_OPS if dtype == torch.bfloat16 else ()
+        others = set(plan.CONVOLUTIONS) - set(ours)
+        monkeypatch.setitem(plan.OPS, "cuda", plan.OPS["cuda"] - others)
     x, target = torch.randn(3, 3, 48, 48), torch.tensor([1, 5, 9])
     with FusedOps() as seen:
         ours = step(model, x, target, dtype)
     projections = 0 if name == "cifar" else sum("downsample.1.weight" in n for n in ours)
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     stem = name != "cifar"
-    # between a block's convolutions, and computed again on the way back
+    # all but the first, which has three channels
+    assert seen.calls["conv_fwd with statistics"] == (norms - 1 if name == "cifar" else 0)
+    assert seen.batch_norms == norms
+    # between a block's convolutions, and again on the way back; our convolutions do without the former
     inner = sum(len(m.pairs) - 1 for m in model.modules() if isinstance(m, BasicBlock | Bottleneck))
+    between = 0 if name == "cifar" else inner
     expected = Counter(
-        bn_stats=norms,
         bn_update_running_=norms,
         # a projection's batch norm goes with the one at the end of its block
-        bn_act=norms - projections - stem + inner,
+        bn_act=norms - projections - stem + between,
+        stem_conv=int(stem and dtype == torch.bfloat16),
+        stem_wgrad=int(stem and dtype == torch.bfloat16),
         global_avg_pool=1,
         global_avg_pool_backward=1,
         bn_relu_maxpool=int(stem),
@@ -139,3 +150,26 @@ def test_training_step(cuda, name, dtype):
         size = max(reference[key].abs().max().item(), 1.0 if "running" in key else 0.0)
         terms = roundings * size
         assert_close_to_reference(value, theirs[key], reference[key], terms=terms, name=key)
+
+
+class TwoOfAStage(ResNet):
+    """A ResNet-50 of two blocks in the stages that have blocks in one launch."""
+
+    block = Bottleneck
+    depths = (2, 2, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_trained_net(cuda, dtype):
+    """Every convolution is ours; in 16 bits the second blocks of the first two stages are one launch each."""
+    model = seasoned(TwoOfAStage(num_classes=10))
+    x = torch.randn(1, 3, 32, 32)
+    optimised = fusedres.optimize_for_inference(model, dtype)
+    with FusedOps() as seen:
+        optimised(x)
+    check(model, x, dtype, optimised)
+    whole = 2 if dtype == torch.bfloat16 else 0
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules()) - 1
+    assert seen.calls["stem_bias_act"] == 1 and not seen.calls["bias_relu_maxpool"]
+    assert seen.calls["bottleneck_infer"] == whole
+    assert seen.calls["conv_bias_act"] == convolutions - 3 * whole

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import fusedres
 from fusedres import ops, plan
 from fusedres.cli import machine, options
 from fusedres.cli.bench import breakdown, check, eager, measure, plot, report, sides, workload
@@ -19,6 +18,7 @@ from fusedres.cli.bench.sides import COMPILE, Side
 from fusedres.cli.bench.workload import Workload
 from fusedres.cli.errors import USAGE, CommandError, first_line, out_of_memory, require, writing
 from fusedres.cli.options import DTYPES, LAYOUTS, MODELS, Commands, add_command, at_least
+from fusedres.models.build import CIFAR, build
 
 BATCH = {"cpu": 16, "cuda": 128}
 ROUNDS = {"cpu": 10, "cuda": 50}
@@ -26,6 +26,8 @@ ROUNDS = {"cpu": 10, "cuda": 50}
 INFERENCE_ROUNDS = {"cpu": 20, "cuda": 100}
 INFERENCE_IMAGES = 120
 WARMUP = {"cpu": 2, "cuda": 10}
+IMAGE_SIZE, CIFAR_IMAGE_SIZE, CIFAR_CLASSES = 224, 32, 10
+CIFAR_MODELS = tuple(name for name in CIFAR if name.startswith("resnet"))
 _STRIDE = 32  # of the whole net
 
 
@@ -54,16 +56,21 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         example="fusedres bench --model resnet50 --batch 16 --train --json bench.json --plot bench.png\n"
         "  fusedres bench --model resnet50 --batch 1 --inference --compile --peers",
     )
-    parser.add_argument("--model", choices=MODELS, default="resnet50", help="default: resnet50")
+    parser.add_argument(
+        "--model",
+        choices=(*MODELS, *CIFAR_MODELS),
+        default="resnet50",
+        metavar="NAME",
+        help=f"{', '.join(MODELS)}, or of those for CIFAR {', '.join(CIFAR_MODELS)} (default: resnet50)",
+    )
     parser.add_argument(
         "--batch", type=at_least(1), metavar="N", help="images in a batch (default: 16, on a GPU 128)"
     )
     parser.add_argument(
         "--image-size",
         type=at_least(_STRIDE),
-        default=224,
         metavar="PX",
-        help="height and width, pixels (default: 224)",
+        help=f"height and width, pixels (default: {IMAGE_SIZE}, of CIFAR's nets {CIFAR_IMAGE_SIZE})",
     )
     parser.add_argument(
         "--dtype",
@@ -113,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         require("matplotlib", "--plot")
     device = options.device(args.device)
+    args.image_size = args.image_size or (CIFAR_IMAGE_SIZE if args.model in CIFAR_MODELS else IMAGE_SIZE)
     for name, defaults in (("batch", BATCH), ("warmup", WARMUP)):
         setattr(args, name, getattr(args, name) or defaults[device.type])
     _check_settings(args, device)
@@ -149,10 +157,11 @@ def _check_settings(args: argparse.Namespace, device: torch.device) -> None:
 
 def _bench(args: argparse.Namespace, device: torch.device) -> Report:
     torch.manual_seed(args.seed)
+    classes = CIFAR_CLASSES if args.model in CIFAR_MODELS else workload.CLASSES
     batch = workload.make(
-        args.batch, args.image_size, DTYPES[args.dtype], LAYOUTS[args.layout], device, args.seed
+        args.batch, args.image_size, DTYPES[args.dtype], LAYOUTS[args.layout], device, args.seed, classes
     )
-    fused = getattr(fusedres, args.model)()
+    fused = build(args.model, classes)
     plain, origin = eager.build(args.model)
     for model in (fused, plain):
         model.to(device).to(memory_format=LAYOUTS[args.layout])

@@ -12,11 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from fusedres.cli.bench.workload import Step
 
+OWN = "fusedres other"  # pools, casts of weights
 ONE_PASS = "convolution + bias, ReLU"
 
 # category -> beginnings of the operators' names. The outermost operator that is listed decides, with
 # all that it calls: the optimizer's additions are the optimizer's, a fused op's copies the fused op's
 CATEGORIES: Mapping[str, tuple[str, ...]] = {
+    OWN: ("fusedres::",),
     "fusedres batch norm": ("fusedres::bn_",),
     "fusedres convolution": ("fusedres::conv", "fusedres::stem"),
     "convolution": (
@@ -70,6 +72,12 @@ class Breakdown:
     def fused_convolution_share(self) -> float:
         """Part of the convolutions' time that is spent in this package's kernels."""
         return _part(self.ms["fusedres convolution"], self.ms["convolution"] + self.ms[ONE_PASS])
+
+    @property
+    def own_share(self) -> float:
+        """Part of all the time that is spent in this package's kernels."""
+        own = sum(ms for name, ms in self.ms.items() if name.startswith("fusedres"))
+        return _part(own, self.total_ms - own)
 
     @property
     def one_pass_share(self) -> float:

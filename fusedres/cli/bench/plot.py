@@ -22,6 +22,7 @@ PARTS = {
     breakdown.ONE_PASS: "#6fa8c9",
     "fusedres convolution": "#2f4b7c",
     "fusedres batch norm": "#1b7f5c",
+    breakdown.OWN: "#8cc7ae",
     "batch norm, ReLU": "#e45756",
     "add": "#f2a29b",
     "pool": "#b79ad0",
@@ -69,7 +70,8 @@ def _parts(axes: Any, entry: Report) -> None:
     sides = {name: side for name, side in entry["implementations"].items() if side["breakdown_ms"]}
     left = [0.0] * len(sides)
     for part, colour in PARTS.items():
-        widths = [figures["breakdown_ms"][part] for figures in sides.values()]
+        # a file of an earlier version may lack a part
+        widths = [figures["breakdown_ms"].get(part, 0.0) for figures in sides.values()]
         if any(widths):
             axes.barh(list(sides), widths, left=left, color=colour, label=part, height=0.6)
             left = [start + width for start, width in zip(left, widths, strict=True)]

@@ -62,10 +62,11 @@ def make(
     layout: torch.memory_format,
     device: torch.device,
     seed: int,
+    classes: int = CLASSES,
 ) -> Workload:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, 3, image_size, image_size, generator=generator)
-    labels = torch.randint(CLASSES, (batch,), generator=generator)
+    labels = torch.randint(classes, (batch,), generator=generator)
     return Workload(images.to(device, memory_format=layout), labels.to(device), dtype)
 
 

@@ -10,6 +10,7 @@ from fusedres.cli import options
 from fusedres.cli.errors import USAGE, CommandError, require, writing
 from fusedres.cli.options import Commands, add_command
 from fusedres.cli.report import figures, load, page
+from fusedres.cli.report.data import Results
 from fusedres.training import files
 
 
@@ -22,7 +23,7 @@ def add_parser(commands: Commands) -> argparse.ArgumentParser:
         "RESULTS are files, or folders that are searched for *.json and *.jsonl, of any mixture of:\n"
         "  fusedres bench --json, fusedres quantize --json\n"
         "  pytest benchmarks --benchmark-only --benchmark-json\n"
-        "  benchmarks/gpu_check.py (results.jsonl)\n"
+        "  benchmarks/gpu_check.py (results.jsonl), benchmarks/scaling.py\n"
         "  JSON lines with other frameworks' throughput and cuDNN's times of layers\n"
         "What can't be read is named, on stderr and in the page; the rest is shown.",
         example="fusedres report benchmarks/results --out report.html --png figures",
@@ -52,20 +53,31 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"nothing to show: {problems[0]}{more}", USAGE)
     for problem in results.problems:
         print(f"fusedres: warning: {problem}", file=sys.stderr)
-    drawn = {machine.name: figures.of(machine) for machine in results.machines.values()}
-    text = page.render(results, drawn, args.title)
-    with writing(args.out), files.atomic(args.out) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    drawn = drawings(results)
+    with writing(args.out):
+        write_page(results, drawn, args.out, args.title)
     count = sum(map(len, drawn.values()))
     print(f"{args.out}: {count} figures of {len(results.sources)} files")
     if args.png:
         with writing(args.png):
-            _write_pngs(drawn, args.png)
+            write_pngs(drawn, args.png)
         print(f"{args.png}: the same as PNGs")
     return 0
 
 
-def _write_pngs(drawn: dict[str, list[figures.Figure]], folder: Path) -> None:
+def drawings(results: Results) -> dict[str, list[figures.Figure]]:
+    """Every figure, by its machine's name."""
+    return {machine.name: figures.of(machine) for machine in results.machines.values()}
+
+
+def write_page(results: Results, drawn: dict[str, list[figures.Figure]], path: Path, title: str) -> None:
+    text = page.render(results, drawn, title)
+    with files.atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_pngs(drawn: dict[str, list[figures.Figure]], folder: Path) -> None:
+    """A PNG of each (needs matplotlib)."""
     folder.mkdir(parents=True, exist_ok=True)
     for machine, of_machine in drawn.items():
         for figure in of_machine:

@@ -152,7 +152,7 @@ def roofline(title: str, points: Sequence[Point], bandwidth: float, peak: float,
 def curves(title: str, lines: Sequence[Curve], x_name: str, y_name: str, width: float = WIDTH) -> Drawing:
     """Lines over an axis of x that doubles, and one of y from 0."""
     drawing = Drawing(title, width, 0.68 * width)
-    left, right, top, bottom = 46.0, width - 78, 18.0, drawing.height - 34
+    left, right, top, bottom = 46.0, width - 78, 26.0, drawing.height - 34
     xs = sorted({x for line in lines for x, _ in line.points})
     most = max(y for line in lines for _, y in line.points)
     step = _step(most)

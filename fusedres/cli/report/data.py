@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fusedres.models.build import CIFAR
+
 FUSED, EAGER = "fused", "eager"
 
 
@@ -35,7 +37,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Implementations of one net, in the same run."""
+    """Implementations of one net, in the same run; a point of a curve where ``sweep`` names one."""
 
     mode: str  # "train" or "inference"
     net: str
@@ -46,6 +48,7 @@ class Comparison:
     sides: tuple[Side, ...]
     file: Path
     date: str = ""
+    sweep: str = ""
 
     @property
     def title(self) -> str:
@@ -79,12 +82,22 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class OpTime:
-    """An op by itself: its time over eager's, and bytes a second."""
+    """An op or a block by itself.
+
+    Args:
+        label: with its shape.
+        ratio: eager's time over its own.
+        gbps: bytes a second.
+        others: eager's time over that of other ways, by name.
+        share: of its time, the least that bandwidth and arithmetic allow.
+    """
 
     label: str
     ratio: float
     gbps: float | None
     file: Path
+    others: tuple[tuple[str, float], ...] = ()
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,7 @@ class Machine:
         """Of runs of the same net in the same way only the last is kept, and said so."""
         runs: dict[tuple[object, ...], list[Comparison]] = {}
         for each in self.comparisons:
-            key = (each.mode, each.net, each.batch, each.dtype, each.image_size, each.threads)
+            key = (each.mode, each.net, each.batch, each.dtype, each.image_size, each.threads, each.sweep)
             runs.setdefault(key, []).append(each)
         last = {key: max(found, key=lambda run: run.date).file for key, found in runs.items()}
         older = [each for key, found in runs.items() for each in found if each.file != last[key]]
@@ -164,6 +177,12 @@ class Results:
         return self.machines.setdefault(name, Machine(name))
 
 
+def threads_title(count: int | None) -> str | None:
+    """ "2 threads"; None where they say nothing, as on a GPU."""
+    return None if count is None else f"{count} thread{'s' * (count > 1)}"
+
+
 def net_title(name: str) -> str:
-    """ "ResNet-50" for "resnet50"."""
-    return f"ResNet-{name.removeprefix('resnet')}" if name.startswith("resnet") else name
+    """ "ResNet-50" for "resnet50", "CIFAR ResNet-20" for "resnet20"."""
+    title = f"ResNet-{name.removeprefix('resnet')}" if name.startswith("resnet") else name
+    return f"CIFAR {title}" if name in CIFAR else title

@@ -17,16 +17,18 @@ from fusedres.cli.report.data import (
     Machine,
     Side,
     net_title,
+    threads_title,
 )
 from fusedres.cli.report.drawing import Drawing
 from fusedres.cli.roofline import LEVELS, passes
+from fusedres.models.build import CIFAR
 
 MODES = {"train": "Training", "inference": "Inference"}
 ROOF = "roof"
 _WIDER = 1120.0
 _LONG = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _MOST_OPS = 24
-_LEAST_POINTS = 3  # of a curve
+_LEAST_POINTS, _LEAST_OF_SWEEP = 3, 2  # of a curve
 _MIB = 2**20
 
 
@@ -68,13 +70,20 @@ def sorted_comparisons(machine: Machine, mode: str) -> list[Comparison]:
 
 def title_of(each: Comparison, machine: Machine) -> str:
     """With what differs among the runs on a machine."""
-    of_mode = [other for other in machine.comparisons if other.mode == each.mode]
+    of_mode = [o for o in machine.comparisons if (o.mode, o.sweep) == (each.mode, each.sweep)]
     more = ""
     if len({other.image_size for other in of_mode}) > 1 and each.image_size:
         more += f", {each.image_size} px"
     if len({other.threads for other in of_mode}) > 1 and each.threads:
-        more += f", {each.threads} threads"
+        more += f", {threads_title(each.threads)}"
+    if each.sweep:
+        more += ", of a curve"
     return each.title + more
+
+
+def family(net: str) -> str:
+    """What nets of several depths have in common."""
+    return "CIFAR ResNet" if net in CIFAR else net_title(net).rstrip("-0123456789")
 
 
 def depth(net: str) -> int | None:
@@ -84,7 +93,7 @@ def depth(net: str) -> int | None:
 
 def _speed(machine: Machine, mode: str) -> Figure | None:
     groups = []
-    compared = sorted_comparisons(machine, mode)
+    compared = [each for each in sorted_comparisons(machine, mode) if not each.sweep]
     for each in compared:
         sides = [side for side in each.sides if side.ratio is not None]
         if len(compared) > 1:  # the line at 1 is eager's
@@ -135,7 +144,7 @@ def _roofs(machine: Machine, compared: Sequence[Comparison]) -> Group | None:
 def _memory(machine: Machine, mode: str) -> Figure | None:
     groups = []
     for each in sorted_comparisons(machine, mode):
-        sides = [side for side in each.sides if side.peak_bytes]
+        sides = [side for side in each.sides if side.peak_bytes and not each.sweep]
         bars = [
             Bar(side.name, (side.peak_bytes or 0) / _MIB, side.role, f"{(side.peak_bytes or 0) / _MIB:,.0f}")
             for side in sides
@@ -177,6 +186,7 @@ class Varied(NamedTuple):
 
     name: str
     unit: str
+    sweeps: tuple[str, ...]  # that vary it
     of: Callable[[Comparison], float | None]
     rest: Callable[[Comparison], tuple[object, ...]]
     where: Callable[[Comparison], str]
@@ -186,6 +196,7 @@ _VARIED = (
     Varied(
         "batch",
         "images",
+        ("batch",),
         lambda each: each.batch,
         lambda each: (each.net, each.image_size, each.threads),
         lambda each: f"{net_title(each.net)}, {each.dtype}",
@@ -193,13 +204,15 @@ _VARIED = (
     Varied(
         "depth",
         "layers",
+        ("depth", "cifar"),
         lambda each: depth(each.net),
-        lambda each: (each.net.rstrip("0123456789"), each.batch, each.image_size, each.threads),
-        lambda each: f"batch {each.batch}, {each.dtype}",
+        lambda each: (family(each.net), each.batch, each.image_size, each.threads),
+        lambda each: f"{family(each.net)}, batch {each.batch}, {each.dtype}",
     ),
     Varied(
         "image size",
         "pixels",
+        ("size",),
         lambda each: each.image_size,
         lambda each: (each.net, each.batch, each.threads),
         lambda each: f"{net_title(each.net)}, batch {each.batch}, {each.dtype}",
@@ -207,6 +220,7 @@ _VARIED = (
     Varied(
         "threads",
         "threads",
+        ("threads",),
         lambda each: each.threads,
         lambda each: (each.net, each.batch, each.image_size),
         lambda each: f"{net_title(each.net)}, batch {each.batch}, {each.dtype}",
@@ -220,31 +234,36 @@ _MEASURES: dict[str, tuple[str, Callable[[Side], float]]] = {
 
 def _scaling(machine: Machine) -> list[Figure]:
     """Curves over whatever takes several values while all else stays."""
-    found = []
+    found: dict[str, Figure] = {}
     for varied in _VARIED:
-        families: dict[tuple[object, ...], list[Comparison]] = {}
-        for each in machine.comparisons:
-            if varied.of(each) is not None:
-                families.setdefault((each.mode, each.dtype, *varied.rest(each)), []).append(each)
-        for family in families.values():
+        alike: dict[tuple[object, ...], list[Comparison]] = {}
+        for each in sorted(machine.comparisons, key=lambda each: not each.sweep):
+            if varied.of(each) is not None and each.sweep in ("", *varied.sweeps):
+                of_sweep = (each.sweep, each.mode, each.dtype)
+                alike.setdefault((*of_sweep, *varied.rest(each)), []).append(each)
+        for (sweep, *_), runs in alike.items():
             for measure, (unit, value) in _MEASURES.items():
-                lines = _curves(family, varied.of, value)
+                lines = _curves(runs, varied.of, value, _LEAST_OF_SWEEP if sweep else _LEAST_POINTS)
                 if lines:
-                    found.append(_curve_figure(family[0], varied, measure, unit, lines))
-    return found
+                    figure = _curve_figure(runs[0], varied, measure, unit, lines)
+                    found.setdefault(figure.name, figure)  # a sweep's, if there are both
+    return list(found.values())
 
 
 def _curve_figure(one: Comparison, varied: Varied, measure: str, unit: str, lines: Sequence[Curve]) -> Figure:
     title = f"{MODES[one.mode]}: {measure} by {varied.name}"
     where = varied.where(one)
     name = re.sub(r"[^a-z0-9]+", "-", f"{title} {where}".lower())
-    return Figure(name, title, f"{where}. Less is better.", charts.curves(title, lines, varied.unit, unit))
+    threads = None if varied.name == "threads" else threads_title(one.threads)
+    caption = ", ".join(part for part in (where, threads) if part)
+    return Figure(name, title, f"{caption}. Less is better.", charts.curves(title, lines, varied.unit, unit))
 
 
 def _curves(
     family: Sequence[Comparison],
     value: Callable[[Comparison], float | None],
     measure: Callable[[Side], float],
+    least: int,
 ) -> list[Curve]:
     points: dict[tuple[str, str], dict[float, float]] = {}
     for each in family:
@@ -255,7 +274,7 @@ def _curves(
     return [
         Curve(name, role, sorted(of_side.items()))
         for (name, role), of_side in points.items()
-        if len(of_side) >= _LEAST_POINTS
+        if len(of_side) >= least
     ]
 
 
@@ -305,9 +324,20 @@ def _ops(machine: Machine) -> Figure | None:
     if not machine.ops:
         return None
     shown = machine.ops[:_MOST_OPS]
-    bars = [Group(op.label, [Bar("fused", op.ratio, FUSED, f"{op.ratio:.2f}×")]) for op in shown]
-    title = "Single ops and blocks"
-    caption = "Time of eager PyTorch over the fused one's."
+    bars = [
+        Group(
+            op.label,
+            [_op_bar("fused", op.ratio, FUSED)]
+            + [_op_bar(name, ratio, "peer") for name, ratio in op.others if name == "compile"],
+        )
+        for op in shown
+    ]
+    title = "Ops, blocks and nets by themselves"
+    caption = "Time of eager PyTorch (channels_last) over that of the others."
     if len(shown) < len(machine.ops):
         caption += f" The first {len(shown)} of {len(machine.ops)}; all are in the table."
     return Figure("ops", title, caption, charts.bars(title, bars, "eager = 1"))
+
+
+def _op_bar(name: str, ratio: float, role: str) -> Bar:
+    return Bar(name, ratio, role, f"{ratio:.2f}×")

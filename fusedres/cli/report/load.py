@@ -132,6 +132,8 @@ def _lines(files: dict[Path, list[Any]], results: Results) -> None:
                 _read("gpu_check", {}, lambda: readers.gpu_check(lines, path, results))  # noqa: B023
             elif {"c", "k", "r", "st", "h", "floor"} <= first.keys():
                 _read("a layers file", {}, lambda: readers.layers(lines, path, results, device))  # noqa: B023
+            elif any("sweep" in line for line in lines):
+                _read("scaling", {}, lambda: readers.scaling(lines, path, results))  # noqa: B023
             elif any("img_s" in line or "what" in line for line in lines):
                 _read("a peers file", {}, lambda: readers.peers(lines, path, results, device))  # noqa: B023
             else:

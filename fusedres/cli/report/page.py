@@ -59,7 +59,7 @@ def _lead(machines: Sequence[Machine]) -> str:
             ratios = [
                 side.ratio
                 for each in machine.comparisons
-                if each.mode == mode
+                if each.mode == mode and not each.sweep
                 for side in each.sides
                 if side.name == FUSED and side.ratio is not None
             ]
@@ -148,10 +148,12 @@ def _tables(machine: Machine) -> Iterable[str]:
     if machine.ops:
         rows = [
             f"<tr><td>{escape(op.label)}</td><td>{op.ratio:.2f}×</td>"
-            f"<td>{'' if op.gbps is None else f'{op.gbps:,.1f}'}</td></tr>"
+            f"<td>{', '.join(f'{escape(name)} {ratio:.2f}×' for name, ratio in op.others)}</td>"
+            f"<td>{'' if op.gbps is None else f'{op.gbps:,.1f}'}</td>"
+            f"<td>{'' if op.share is None else f'{op.share:.0%}'}</td></tr>"
             for op in machine.ops
         ]
-        yield _folded("Ops, all figures", ("", "ratio", "GB/s"), rows)
+        yield _folded("Ops, all figures", ("", "fused", "others", "GB/s", "of the roofline"), rows)
 
 
 def _side(side: Side) -> str:

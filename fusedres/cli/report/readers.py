@@ -16,21 +16,26 @@ from fusedres.cli.report.data import (
     Results,
     Side,
     Source,
+    threads_title,
 )
 from fusedres.plan import Conv, traffic
 from fusedres.plan.conv import PEAK
 
 Record = dict[str, Any]
+# of gpu_check: peers, and the parts that time this package and eager PyTorch
+_PEERS = ("jax",)
+_PARTS = {"training step": "train", "inference": "inference"}
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 PEER = "peer"
 _NANO = 1e-9
+_BUSY = 1.5  # processes that run or wait, for each core: a sweep itself makes one
 
 
 def role_of(name: str) -> str:
     """By the name that results give an implementation."""
     if name == EAGER:
         return EAGER
-    return FUSED if name == FUSED or name in ("auto", "triton", "cuda", "cpu") else PEER
+    return FUSED if name == FUSED or name in ("auto", "triton", "cuda", "cpu", "int8") else PEER
 
 
 def _versions(record: Record) -> list[str]:
@@ -39,12 +44,45 @@ def _versions(record: Record) -> list[str]:
     return [f"{name} {versions[name]}" for name in names if versions.get(name)]
 
 
-def _threads(count: int | None) -> str | None:
-    return None if count is None else f"{count} thread{'s' * (count > 1)}"
-
-
 def bench(data: Record, path: Path, into: Results) -> None:
     """``fusedres bench --json``."""
+    _add_bench(data, path, into)
+    into.sources.append(Source(path, "fusedres bench", data["date"][:10], data["command"]))
+
+
+def scaling(lines: Sequence[Record], path: Path, into: Results) -> None:
+    """``benchmarks/scaling.py``: a line of ``fusedres bench`` for each point, or why there is none."""
+    busy: list[str] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if "left_out" in line:
+                _left_out(line, into)
+            else:
+                _add_bench(line, path, into, line["sweep"])
+                if line["load_before"] > _BUSY * line["cores"]:
+                    busy.append(line["machine"]["device_name"])
+        except (KeyError, TypeError, AttributeError) as error:
+            into.problems.append(f"{path}: point {number} can't be read ({type(error).__name__}: {error})")
+    for name in dict.fromkeys(busy):
+        into.machine(name).notes.append(
+            f"Of {path.name} {busy.count(name)} of {len(lines)} points were measured while the machine had "
+            "other work: their times are too long, on both sides."
+        )
+    dates = sorted(str(line.get("date", ""))[:10] for line in lines)
+    into.sources.append(Source(path, "scaling", dates[-1], "python benchmarks/scaling.py"))
+
+
+def _left_out(line: Record, into: Results) -> None:
+    point = line["point"]
+    size = f", {point['image-size']} px" if "image-size" in point else ""
+    machine = into.machine(line["machine"]["device_name"])
+    machine.notes.append(
+        f"By {line['sweep']} {point['model']}, batch {point['batch']}{size}, {point['mode']}, and what is "
+        f"larger was not measured: {line['left_out']}."
+    )
+
+
+def _add_bench(data: Record, path: Path, into: Results, sweep: str = "") -> None:
     settings, facts = data["settings"], data["machine"]
     on_cpu = settings["device"] == "cpu"
     found = []
@@ -61,12 +99,13 @@ def bench(data: Record, path: Path, into: Results) -> None:
                 sides,
                 path,
                 data["date"],
+                sweep,
             )
         )
     machine = into.machine(facts["device_name"])
     machine.comparisons += found
-    machine.say(_threads(facts["threads"]) if on_cpu else None, *_versions(data), data["date"][:10])
-    into.sources.append(Source(path, "fusedres bench", data["date"][:10], data["command"]))
+    threads = threads_title(facts["threads"]) if on_cpu and not sweep else None
+    machine.say(threads, *_versions(data), data["date"][:10])
 
 
 def _bench_side(name: str, side: Record) -> Side:
@@ -102,33 +141,29 @@ def quantize(data: Record, path: Path, into: Results) -> None:
     )
     machine = into.machine(data["machine"]["device_name"])
     machine.quantised.append(found)
-    machine.say(_threads(data["machine"]["threads"]), *_versions(data), data["date"][:10])
+    machine.say(threads_title(data["machine"]["threads"]), *_versions(data), data["date"][:10])
     into.sources.append(Source(path, "fusedres quantize", data["date"][:10], data["command"]))
 
 
 def pytest_benchmark(data: Record, path: Path, into: Results) -> None:
-    """pytest-benchmark's file of ``pytest benchmarks``: groups of a fused and an eager time."""
+    """pytest-benchmark's file of ``pytest benchmarks``: groups of times that were taken in turns."""
     groups: dict[str, dict[str, Record]] = {}
     for entry in data["benchmarks"]:
-        implementation = entry["extra_info"]["implementation"].partition(" ")[0]
-        groups.setdefault(entry["group"] or entry["name"], {})[implementation] = entry
+        groups.setdefault(entry["group"], {})[entry["extra_info"]["implementation"]] = entry
     found: list[OpTime] = []
     machine, date = None, str(data.get("datetime", ""))[:10]
     for group, entries in groups.items():
-        if FUSED not in entries:
+        if FUSED not in entries or EAGER not in entries:
             continue
-        fused, info = entries[FUSED], entries[FUSED]["extra_info"]
-        seconds = fused["stats"]["median"]
-        if info.get("against") == EAGER:  # in turns
-            ratio = info["ratio"]
-        elif EAGER in entries:
-            ratio = entries[EAGER]["stats"]["median"] / seconds
-        else:
-            continue
-        gbps = info["bytes"] / seconds * _NANO if "bytes" in info and "error" not in info else None
-        found.append(OpTime(group, ratio, gbps, path))
+        info = entries[FUSED]["extra_info"]
+        seconds = {name: entry["stats"]["median"] for name, entry in entries.items()}
+        ratios = {name: seconds[EAGER] / time for name, time in seconds.items() if name != EAGER}
+        # what bounds a product of matrices is no bandwidth
+        gbps = None if info["flop"] else info["bytes"] / seconds[FUSED] * _NANO
+        ratio = ratios.pop(FUSED)
+        found.append(OpTime(group, ratio, gbps, path, tuple(ratios.items()), info["share_of_roofline"]))
         machine = into.machine(info["device"])
-        machine.say(_threads(info["threads"]), *_versions(info), date)
+        machine.say(threads_title(info["threads"]), *_versions(info), date)
     if machine is None:
         raise ValueError("no group of it has a fused and an eager time")
     machine.ops += found
@@ -156,7 +191,9 @@ def gpu_check(lines: Sequence[Record], path: Path, into: Results) -> None:
         machine.notes.append(f"{wrong} of {len(records)} records of {path.name} say that something is wrong.")
     for record in records:
         if record["name"] in ("training step", "inference"):
-            key = (record["part"], record["name"], record["model"], record["batch"], record["dtype"])
+            # a peer in a part of its own stands beside those of the part that has no peers
+            part = _PARTS[record["name"]] if record["implementation"] in _PEERS else record["part"]
+            key = (part, record["name"], record["model"], record["batch"], record["dtype"])
             runs.setdefault(key, []).append(record)
         elif "floor_ms" in record and "ms" in record:
             timed_layers.append(_checked_layer(record))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fusedres.cli.roofline import fused, inference, nets, unfused
 from fusedres.cli.roofline.tally import Placed, Tally
 
-__all__ = ["LEVELS", "Level", "Placed", "passes"]
+__all__ = ["LEVELS", "Level", "Placed", "block_passes", "passes"]
 
 Fill = Callable[[Tally], None]
 
@@ -77,4 +77,22 @@ def passes(level: str, model: str, batch: int, image_size: int, dtype: str) -> l
     """
     tally = Tally(nets.net(model, batch, image_size), dtype)
     LEVELS[level].fill(tally)
+    return tally.passes
+
+
+def block_passes(block: nets.Block, dtype: str, backward: bool) -> list[Placed]:
+    """The passes of a block by itself, as one Function, in training.
+
+    Args:
+        block: of any size.
+        dtype: of activations, "float32", "bfloat16" or "float16".
+        backward: with the backward's.
+    """
+    tally = Tally(nets.Net(block.convs[0], (block,), 0), dtype)
+    tally.block = block.name
+    level = fused.Blocks(tally)
+    level.block_forward(block, None)
+    if backward:
+        tally.backward = True
+        level.block_backward(block, None)
     return tally.passes

@@ -8,7 +8,9 @@ from fusedres.kernels.cuda.batch_norm import (
     bn_stats,
     bn_update_running_,
 )
+from fusedres.kernels.cuda.bottleneck_infer import bottleneck_infer
 from fusedres.kernels.cuda.cast_weights import cast_weights
+from fusedres.kernels.cuda.conv import conv_bias_act, conv_fwd
 from fusedres.kernels.cuda.conv_dgrad import conv_dgrad
 from fusedres.kernels.cuda.pools import (
     bias_relu_maxpool,
@@ -18,6 +20,7 @@ from fusedres.kernels.cuda.pools import (
     global_avg_pool,
     global_avg_pool_backward,
 )
+from fusedres.kernels.cuda.stem import stem_bias_act, stem_conv, stem_wgrad
 
 __all__ = [
     "bias_relu_maxpool",
@@ -30,8 +33,14 @@ __all__ = [
     "bn_running_stats",
     "bn_stats",
     "bn_update_running_",
+    "bottleneck_infer",
     "cast_weights",
+    "conv_bias_act",
     "conv_dgrad",
+    "conv_fwd",
     "global_avg_pool",
     "global_avg_pool_backward",
+    "stem_bias_act",
+    "stem_conv",
+    "stem_wgrad",
 ]

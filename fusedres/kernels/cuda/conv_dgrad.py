@@ -7,18 +7,12 @@ from torch import Tensor
 
 from fusedres.kernels.cuda import launch
 
-ACCESS_BYTES = 16
 VEC = 8  # channels of one access, in a dtype of two bytes
 
 
 @launch.size
 def _workspace_size(dtype: str, n: int, h: int, w: int, c: int, device: torch.device) -> int:
     return launch.C.cuda_conv_dgrad_workspace(dtype, n, h, w, c, launch.multiprocessors(device))
-
-
-def aligned(t: Tensor | None) -> Tensor | None:
-    """The same values at a multiple of 16 bytes, where the kernels' accesses begin."""
-    return t if t is None or t.data_ptr() % ACCESS_BYTES == 0 else t.clone()
 
 
 def conv_dgrad(
@@ -50,7 +44,7 @@ def conv_dgrad(
         "conv_dgrad",
         dx,
         *(*launch.image(dx), filters, side),
-        *map(aligned, (du, y, y_stats, y_sums, weight, add)),
-        *(pitch, compact, *map(aligned, (x, x_stats)), relu),
+        *launch.aligned(du, y, y_stats, y_sums, weight, add),
+        *(pitch, compact, *launch.aligned(x, x_stats), relu),
         *(workspace, dx, x_sums),
     )

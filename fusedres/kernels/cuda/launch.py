@@ -55,6 +55,11 @@ def image(x: Tensor) -> tuple[str, int, int, int, int]:
     return DTYPES[x.dtype], n, h, w, c
 
 
+def aligned(*tensors: Tensor | None) -> list[Any]:
+    """The tensors, or copies of those that don't begin at a multiple of 16 bytes: part of another may not."""
+    return [t if t is None or t.data_ptr() % 16 == 0 else t.clone() for t in tensors]
+
+
 def floats(number: int, x: Tensor) -> Tensor:
     return torch.empty(number, dtype=torch.float32, device=x.device)
 

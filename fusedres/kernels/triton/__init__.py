@@ -11,7 +11,9 @@ from fusedres.kernels.triton.bn_stats import bn_running_stats, bn_stats, bn_upda
 from fusedres.kernels.triton.conv_bias_act import conv_bias_act
 from fusedres.kernels.triton.conv_dgrad import conv_dgrad
 from fusedres.kernels.triton.conv_fwd import conv_fwd
+from fusedres.kernels.triton.conv_int8 import conv_int8
 from fusedres.kernels.triton.conv_wgrad import conv_wgrad
+from fusedres.kernels.triton.quantize_int8 import quantize_int8
 from fusedres.kernels.triton.stem_conv import stem_conv
 from fusedres.kernels.triton.stem_wgrad import stem_wgrad
 
@@ -25,7 +27,9 @@ __all__ = [
     "conv_bias_act",
     "conv_dgrad",
     "conv_fwd",
+    "conv_int8",
     "conv_wgrad",
+    "quantize_int8",
     "settings",
     "stem_conv",
     "stem_wgrad",

@@ -16,6 +16,7 @@ DBIAS = tl.constexpr(rows.DBIAS)
 DWEIGHT = tl.constexpr(rows.DWEIGHT)
 SLOPE = tl.constexpr(rows.SLOPE)
 OFFSET = tl.constexpr(rows.OFFSET)
+ROUND = tl.constexpr(1.5 * 2**23)
 
 
 @triton.jit
@@ -55,6 +56,13 @@ def affine(b_x, b_scale, b_shift):
 def normalise(b_x, stats, b_c, channels):
     """The same, with scale and shift out of ``stats``."""
     return affine(b_x, load_row(stats, SCALE, b_c, channels), load_row(stats, SHIFT, b_c, channels))
+
+
+@triton.jit
+def saturated(b_u):
+    """The nearest int8, the even one in a tie. Beside 1.5 * 2^23 a float32 has no bits behind the point."""
+    b_u = tl.minimum(tl.maximum(b_u, -128.0), 127.0)
+    return (b_u + ROUND - ROUND).to(tl.int8)
 
 
 @triton.jit

@@ -21,8 +21,9 @@ P = TypeVar("P")
 
 # the widest global access: a thread should move this much at a time
 ACCESS_BYTES = 16
-# channels of one access of a two-byte dtype: the kernels are built for multiples of it
+# channels of one access of a two-byte dtype: the kernels are built for multiples of it; of one byte
 VEC = 8
+INT8_VEC = 16
 MIN_ARCH = (8, 0)
 THREADS_PER_WARP = 32
 REGISTERS_PER_SM = 65536

@@ -46,7 +46,7 @@ def conv_bias_act_kernel(
     channels, filters = channel_groups * VEC, filter_groups * VEC
     tile_m, tile_n = grouped(tl.cdiv(rows, BLOCK_M), tl.cdiv(filters, BLOCK_N), GROUP_M)
     b_u = convolve(
-        *(x, None, None, None, None, weight, tile_m, tile_n),
+        *(x, None, None, None, None, None, weight, tile_m, tile_n),
         *(rows, height, width, out_height, out_width, channels, filters),
         *(TAPS, STRIDE, RELU, EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K),
     )

@@ -96,6 +96,7 @@ STAGED = {
     "conv_fwd": Staged(a=1, b=1, vectors=2, written=(0, 0)),
     "conv_fwd_residual": Staged(a=2, b=1, vectors=4, written=(0, 0)),
     "conv_bias_act": Staged(a=1, b=1, vectors=0, written=(0, 0)),
+    "conv_int8": Staged(a=1, b=1, vectors=0, written=(0, 0)),
     "conv_dgrad": Staged(a=2, b=1, vectors=4, written=(0, 0)),
     "conv_dgrad_fp32": Staged(a=2, b=1, vectors=4, written=(0, 0)),
     "conv_wgrad": Staged(a=1, b=2, vectors=0, written=(1, 1)),
@@ -130,6 +131,18 @@ CONFIGS: dict[str, tuple[ConvConfig, ...]] = {
         ConvConfig(128, 256, 32, num_warps=8, num_stages=3),
     ),
     "conv_bias_act": _FORWARD,
+    # twice the values in as many bytes; shallow ones for few channels
+    "conv_int8": (
+        ConvConfig(128, 128, 128, num_warps=8, num_stages=3, programs_per_sm=2),
+        ConvConfig(128, 128, 128, num_warps=8, num_stages=3),
+        ConvConfig(128, 128, 64, num_warps=8, num_stages=4),
+        ConvConfig(128, 64, 128, num_warps=8, num_stages=3, programs_per_sm=2),
+        ConvConfig(128, 64, 128, num_warps=8, num_stages=3),
+        ConvConfig(128, 64, 64, num_warps=8, num_stages=4),
+        ConvConfig(128, 64, 32, num_warps=8, num_stages=4),
+        ConvConfig(128, 256, 128, num_warps=8, num_stages=3),
+        ConvConfig(256, 64, 64, num_warps=8, num_stages=3, programs_per_sm=2),
+    ),
     "conv_dgrad": (
         ConvConfig(64, 128, 64, num_warps=4, num_stages=3, programs_per_sm=2),
         ConvConfig(128, 128, 64, num_warps=8, num_stages=3),
@@ -180,7 +193,9 @@ def shared_bytes(kernel: str, config: ConvConfig, problem: ConvProblem) -> int:
 
 def is_valid(kernel: str, config: ConvConfig, problem: ConvProblem, arch: tuple[int, int]) -> bool:
     """Whether ``config`` can run ``problem`` on a GPU of compute capability ``arch``, and makes sense."""
-    low, narrow = (min(side) for side in zip(*((c.block_m, c.block_n) for c in CONFIGS[kernel]), strict=True))
+    low, narrow, shallow = (
+        min(side) for side in zip(*((c.block_m, c.block_n, c.block_k) for c in CONFIGS[kernel]), strict=True)
+    )
     return (
         arch >= MIN_ARCH
         # a multiprocessor has 1 KiB more than a program can have, and keeps 1 KiB for every program
@@ -189,11 +204,12 @@ def is_valid(kernel: str, config: ConvConfig, problem: ConvProblem, arch: tuple[
         # wgmma reads both operands from shared memory; elsewhere they need registers beside the accumulators
         and (
             (config.programs_per_sm == 1 and config.block_m * config.block_n <= 128 * 128)
-            or (arch == (9, 0) and problem.itemsize == 2)
+            or (arch == (9, 0) and problem.itemsize <= 2)
         )
         # no more than half of a side idle, unless shorter ones can't be had
         and (config.block_m == low or 2 * problem.rows > config.block_m)
         and (config.block_n == narrow or 2 * problem.columns > config.block_n)
+        and (config.block_k == shallow or 2 * problem.inner > config.block_k)
         # four bytes take twice the registers in flight
         and (problem.itemsize < 4 or config.block_k <= 32)
     )

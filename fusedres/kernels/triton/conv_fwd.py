@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedres.kernels.triton.bn_stats import bn_stats_finalize_kernel
 from fusedres.kernels.triton.common import tile
-from fusedres.kernels.triton.config import arch_of, finalize
+from fusedres.kernels.triton.config import INT8_VEC, arch_of, finalize
 from fusedres.kernels.triton.conv_common import VEC, activation, check_sizes, dot, grouped, pixel, precision
 from fusedres.kernels.triton.conv_config import ConvConfig, ConvProblem, select
 
@@ -24,6 +24,7 @@ def convolve(
     residual,
     residual_stats,
     z,
+    border,
     weight,
     tile_m,
     tile_n,
@@ -45,8 +46,9 @@ def convolve(
 ):
     """A tile of conv(activation(x)), in float32; one of the first column also writes the activation to z.
 
-    Taps and channels are one loop, so that loads of the next tap are under way before this one ends. The
-    padding is behind the activation: 0, not relu(shift). Rows and filters past the end are the last one
+    Of 8 bits in int32. Taps and channels are one loop, so that loads of the next tap are under way before
+    this one ends. The padding is behind the activation: 0, not relu(shift); with ``border`` it has those
+    values, one for each channel. Rows and filters past the end are the last one
     again, so that loads need no mask for them; nobody stores what comes of them. The product is computed
     transposed, filters by positions: so a thread holds many positions of few filters, and statistics of
     filters are sums within threads.
@@ -76,7 +78,7 @@ def convolve(
     b_w_offsets = b_n[:, None] * (TAPS * channels) + b_k[None, :]
 
     steps = tl.cdiv(channels, BLOCK_K)
-    b_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    b_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if x.dtype.element_ty == tl.int8 else tl.float32)
     c, tap, bit = 0, 0, 1
     for _ in range(TAPS * steps):
         b_c = c + b_k
@@ -92,9 +94,14 @@ def convolve(
             # what isn't stored is masked all the same: without it the compiler computes the activation
             # twice, in the layout of the product and in that of z
             b_there = b_row
-        mask = b_there[:, None] & b_exists[None, :]
         b_at = b_offsets + offset
-        b_x = tl.load(x + base + b_at, mask=mask, other=0.0)
+        p_x = x + base + b_at
+        if border is not None:
+            # another address, and no mask: what a mask fills in goes through registers if it isn't 0
+            p_x = tl.where(b_there[:, None], p_x, border + b_c[None, :])
+            b_there = tl.full((BLOCK_M,), True, tl.int1)
+        mask = b_there[:, None] & b_exists[None, :]
+        b_x = tl.load(p_x, mask=mask, other=0.0)
         b_residual = None
         if residual is not None:
             b_residual = tl.load(residual + base + b_at, mask=mask, other=0.0)
@@ -158,7 +165,7 @@ def conv_fwd_kernel(
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tile_m, tile_n = grouped(tiles_m, tl.cdiv(filters, BLOCK_N), GROUP_M)
     b_acc = convolve(
-        *(x, stats, residual, residual_stats, z, weight, tile_m, tile_n),
+        *(x, stats, residual, residual_stats, z, None, weight, tile_m, tile_n),
         *(rows, height, width, out_height, out_width, channels, filters),
         *(TAPS, STRIDE, RELU, EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K),
     )
@@ -198,6 +205,7 @@ def launch(kernel: str, x: Tensor, weight: Tensor, stride: int, out: Tensor) -> 
     """How ``kernel`` convolves ``x``."""
     check_sizes(x.shape, weight.shape, out.shape)
     filters, channels, taps = weight.shape[0], weight.shape[1], weight.shape[2] * weight.shape[3]
+    vec = INT8_VEC if x.dtype == torch.int8 else VEC.value
     rows = out.numel() // filters
     config = select(kernel, ConvProblem(rows, channels, filters, taps, x.element_size()), arch_of(x.device))
     tiles = math.ceil(rows / config.block_m)
@@ -206,7 +214,7 @@ def launch(kernel: str, x: Tensor, weight: Tensor, stride: int, out: Tensor) -> 
         rows,
         tiles,
         grid=(tiles * math.ceil(filters / config.block_n),),
-        sizes=(rows, *x.shape[2:], *out.shape[2:], channels // VEC.value, filters // VEC.value),
+        sizes=(rows, *x.shape[2:], *out.shape[2:], channels // vec, filters // vec),
         keywords={
             "TAPS": taps,
             "STRIDE": stride,

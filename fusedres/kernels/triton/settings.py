@@ -10,15 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from fusedres.kernels import NoSuchSetting
 from fusedres.kernels.triton import conv_config
 from fusedres.kernels.triton.conv_config import ConvConfig, ConvProblem
 
 # kernel and problem -> the setting that it ran with, or is to run with
 Settings = dict[tuple[str, ConvProblem], ConvConfig]
-
-
-class NoSuchSetting(Exception):
-    """There are fewer valid settings than the trial asked for."""
 
 
 @contextlib.contextmanager
