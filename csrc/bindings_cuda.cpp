@@ -215,6 +215,7 @@ void bind_cuda(py::module_& m) {
       },
       nogil());
   bind_cuda_conv(m);
+  bind_cuda_stem(m);
 }
 
 }  // namespace fusedres

@@ -19,5 +19,6 @@ T* to(const char* name, uintptr_t address) {
 }
 
 void bind_cuda_conv(pybind11::module_& m);
+void bind_cuda_stem(pybind11::module_& m);
 
 }  // namespace fusedres

@@ -350,6 +350,69 @@ def cuda_bottleneck_infer(
     multiprocessors: int,
     stream: int,
 ) -> None: ...
+def cuda_stem_conv_workspace(
+    dtype: str, n: int, height: int, width: int, filters: int, multiprocessors: int
+) -> int: ...
+def cuda_stem_conv(
+    dtype: str,
+    n: int,
+    height: int,
+    width: int,
+    filters: int,
+    x_type: str,
+    x: int,
+    x_strides: tuple[int, int, int, int],
+    weight_type: str,
+    weight: int,
+    weight_strides: tuple[int, int, int, int],
+    norm_weight: int,
+    norm_bias: int,
+    eps: float,
+    workspace: int,
+    pixels: int,
+    y: int,
+    y_stats: int,
+    multiprocessors: int,
+    stream: int,
+) -> None: ...
+def cuda_stem_bias_act(
+    dtype: str,
+    n: int,
+    height: int,
+    width: int,
+    filters: int,
+    x_type: str,
+    x: int,
+    x_strides: tuple[int, int, int, int],
+    mean: tuple[float, float, float],
+    rstd: tuple[float, float, float],
+    weight_type: str,
+    weight: int,
+    weight_strides: tuple[int, int, int, int],
+    bias: int,
+    pool: bool,
+    z: int,
+    multiprocessors: int,
+    stream: int,
+) -> None: ...
+def cuda_stem_wgrad_workspace(
+    dtype: str, n: int, height: int, width: int, filters: int, multiprocessors: int
+) -> int: ...
+def cuda_stem_wgrad(
+    dtype: str,
+    n: int,
+    height: int,
+    width: int,
+    filters: int,
+    dy: int,
+    pixels: int,
+    workspace: int,
+    dweight_type: str,
+    dweight: int,
+    dweight_strides: tuple[int, int, int, int],
+    multiprocessors: int,
+    stream: int,
+) -> None: ...
 def cuda_cast_weights(
     dtype: str, entries: list[tuple[int, int, int, int, int]], multiprocessors: int, stream: int
 ) -> None: ...

@@ -118,6 +118,10 @@ def arguments(name, dtype=torch.float32, layout="channels_last"):
             (photo, stem, torch.randn(4), torch.randn(4), 1e-5, True, dtype),
             (photo.float(), stem.float(), None, None, 1e-5, False, small),
         ],
+        "stem_bias_act": [
+            (photo, stem, torch.randn(4), None, None, True, dtype),
+            (photo.to(torch.uint8), stem.float(), None, [9.0, 8.0, 7.0], [3.0, 2.0, 1.0], False, small),
+        ],
         "stem_wgrad": [(activation((2, 4, 3, 2), dtype, layout), pixels, stem, 5, 4)],
         "cast_weights": [([activation(layout=layout), activation((4, 3, 1, 1), layout=layout)], small)],
     }[name]

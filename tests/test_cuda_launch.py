@@ -16,6 +16,10 @@ DEVICE = (4, 0)  # multiprocessors, the default stream
 MATRIX, IMAGE = ("float32", 6, 8), ("bfloat16", 2, 7, 5, 16)
 SOME = 256  # an address that is never used
 
+STEM = ("bfloat16", 2, 9, 7, 16)
+STRIDES = (189, 63, 7, 1)
+IMAGES, FILTERS = ("uint8", SOME, STRIDES), ("float32", SOME, (147, 49, 7, 1))
+
 # every launcher, its arguments, and what it has to call itself and its problem when it fails
 LAUNCHES = {
     "cuda_bn_stats": ((*MATRIX, SOME, 0, 0, 1e-5, SOME, SOME), r"bn_stats of \[6, 8\]"),
@@ -43,6 +47,18 @@ LAUNCHES = {
     "cuda_global_avg_pool": ((*IMAGE, SOME, SOME), r"global_avg_pool of \[2, 16, 7, 5\]"),
     "cuda_global_avg_pool_backward": ((*IMAGE, SOME, SOME), r"global_avg_pool_backward of \[2, 16, 7, 5\]"),
     "cuda_cast_weights": (("bfloat16", [(SOME, SOME, 8, 3, 9)]), "cast_weights of 1 weights"),
+    "cuda_stem_conv": (
+        (*STEM, *IMAGES, *FILTERS, 0, 0, 1e-5, SOME, SOME, SOME, SOME),
+        r"stem_conv of \[2, 3, 9, 7\] by 16 filters",
+    ),
+    "cuda_stem_bias_act": (
+        (*STEM, *IMAGES, (0.0,) * 3, (1.0,) * 3, *FILTERS, 0, True, SOME),
+        r"stem_bias_act of \[2, 3, 9, 7\] by 16 filters",
+    ),
+    "cuda_stem_wgrad": (
+        (*STEM, SOME, SOME, SOME, *FILTERS),
+        r"stem_wgrad of \[2, 3, 9, 7\] by 16 filters",
+    ),
 }
 
 
@@ -88,6 +104,15 @@ def test_a_launch_error_names_the_kernel_and_its_problem(name):
             r"bias_relu_maxpool of .* 2\^31 pixels",
         ),
         ("cuda_bias_relu_maxpool", {7: 0}, "z must not be null"),
+        ("cuda_stem_conv", {1: 0}, "a convolution must not be empty"),
+        ("cuda_stem_conv", {4: 12}, "filters must be a multiple of 8, got 12"),
+        ("cuda_stem_conv", {5: "int8"}, "dtype must be float32, bfloat16 or float16, got int8"),
+        ("cuda_stem_conv", {14: 0}, "workspace must not be null"),
+        ("cuda_stem_conv", {15: SOME + 8}, "stem_conv: tensors must begin at a multiple of 16 bytes"),
+        ("cuda_stem_conv", {1: 1 << 20, 2: 1 << 6, 3: 1 << 6}, r"stem_conv of .* 2\^31 pixels"),
+        ("cuda_stem_conv", {7: (189, 1 << 30, 7, 1)}, "an image's values lie 2\\^31 or more apart"),
+        ("cuda_stem_bias_act", {15: 0}, "z must not be null"),
+        ("cuda_stem_wgrad", {8: "uint8"}, "dweight must not be uint8"),
         ("cuda_cast_weights", {0: "float32"}, "cast_weights casts to 16 bits"),
         ("cuda_cast_weights", {1: [(SOME, SOME, 0, 3, 9)]}, "a weight must not be empty"),
         ("cuda_cast_weights", {1: [(0, SOME, 8, 3, 9)]}, "weight must not be null"),

@@ -142,6 +142,6 @@ def test_errors(size):
         fusedres.explain(fusedres.resnet18(), size)
     with (
         fusedres.backend("cuda"),
-        pytest.raises(RuntimeError, match="backend 'cuda' can't serve bn_stats on cpu"),
+        pytest.raises(RuntimeError, match="backend 'cuda' can't serve stem_conv on cpu"),
     ):
         fusedres.explain(fusedres.resnet18(), (1, 3, 64, 64))

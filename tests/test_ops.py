@@ -167,6 +167,23 @@ def test_refusals_of_a_trained_nets_ops():
         OPS.conv_bias_act(x, weight, bias, activation((2, 4, 4, 3), torch.float16), True, 1)
 
 
+def test_refusals_of_the_stem():
+    x, weight = activation((1, 3, 9, 8)), torch.randn(4, 3, 7, 7)
+    run = {"bias": None, "mean": None, "std": None, "pool": True, "dtype": torch.float32}
+    for change, error, message in (
+        ({"mean": [0.0] * 3}, ValueError, "mean and std go together"),
+        ({"mean": [0.0] * 3, "std": [1.0]}, ValueError, "std must have 3 values, got 1"),
+        ({"bias": torch.randn(5)}, ValueError, r"bias must be contiguous, \[4\] on cpu, got \[5\]"),
+        ({"dtype": torch.float64, "bias": torch.randn(4)}, TypeError, "bias must be torch.float64"),
+    ):
+        with pytest.raises(error, match=message):
+            OPS.stem_bias_act(x, weight, *(run | change).values())
+    with pytest.raises(ValueError, match=r"x must be \[N, 3, H, W\], got \[1, 5, 9, 8\]"):
+        OPS.stem_bias_act(activation((1, 5, 9, 8)), weight, *run.values())
+    with pytest.raises(ValueError, match=r"weight must be \[K, 3, 7, 7\], got \[4, 3, 5, 5\]"):
+        OPS.stem_bias_act(x, torch.randn(4, 3, 5, 5), *run.values())
+
+
 def test_backend_forces_and_refuses():
     x = activation()
     with fusedres.backend("reference"):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import EMULATED, INTERPRETED
 from fused_ops import FusedOps
 from torch import nn
 
@@ -14,11 +15,27 @@ import fusedres
 from fusedres.functional import BatchNorm, ConvNorm, stem
 from fusedres.nn import stem as stem_of
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKEND = "triton" if INTERPRETED else "reference"
-# Triton's interpreter cuts bf16 off where a GPU rounds it
-DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
+# emulated tensor cores round float32; Triton's interpreter cuts bf16 off where a GPU rounds it
+DTYPES = [
+    *([] if EMULATED else [torch.float32]),
+    torch.float16,
+    *([] if INTERPRETED else [torch.bfloat16]),
+]
 FLIPPED = 0.1  # error of a gradient by a few values that passed the ReLU, or didn't, by rounding
+
+
+@contextlib.contextmanager
+def implementation():
+    """That of this process: PyTorch's own, Triton's in its interpreter, or CUDA's in the emulation."""
+    if EMULATED:
+        from emulation.cuda_on_cpu import cuda_on_cpu
+
+        with cuda_on_cpu():
+            yield
+    else:
+        with fusedres.backend(BACKEND):
+            yield
 
 
 def eager(x, conv):
@@ -70,19 +87,19 @@ def check(x, conv, dtype, needs_dx=False):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
 def test_values_and_gradients(dtype, training, layout, poisoned):
-    with fusedres.backend(BACKEND), FusedOps() as ops:
+    with implementation(), FusedOps() as ops:
         check(*case(training=training, layout=layout), dtype)
     assert ops.calls["stem_conv"] == ops.calls["stem_wgrad"] == 1
 
 
 @pytest.mark.parametrize("size", [(1, 3, 7, 7), (3, 3, 8, 9)], ids=str)
 def test_sizes(size, poisoned):
-    with fusedres.backend(BACKEND):
-        check(*case(size=size), torch.float32)
+    with implementation():
+        check(*case(size=size), DTYPES[0])
 
 
 def test_images_that_need_a_gradient_run_on_pytorchs_convolution():
-    with fusedres.backend(BACKEND), FusedOps() as ops:
+    with implementation(), FusedOps() as ops:
         check(*case(), torch.float32, needs_dx=True)
     assert not ops.calls["stem_conv"] and ops.calls["bn_act"] + ops.calls["bn_relu_maxpool"] == 1
 
@@ -90,7 +107,7 @@ def test_images_that_need_a_gradient_run_on_pytorchs_convolution():
 @pytest.mark.skipif(INTERPRETED, reason="PyTorch's convolution")
 def test_other_channels_run_on_pytorchs_convolution():
     x, conv = torch.randn(2, 4, 9, 9), case()[1]
-    with fusedres.backend(BACKEND), FusedOps() as ops:
+    with implementation(), FusedOps() as ops:
         stem(x, conv._replace(weight=torch.randn(16, 4, 7, 7)))
     assert not ops.calls["stem_conv"]
 
@@ -98,7 +115,7 @@ def test_other_channels_run_on_pytorchs_convolution():
 def test_frozen_filters_have_no_backward():
     x, conv = case()
     norm = conv.norm._replace(weight=conv.norm.weight.requires_grad_())
-    with fusedres.backend(BACKEND), FusedOps() as ops:
+    with implementation(), FusedOps() as ops:
         stem(x, conv._replace(norm=norm)).sum().backward()
     assert ops.calls["stem_conv"] == 1 and not ops.calls["stem_wgrad"] and norm.weight.grad is not None
 
@@ -106,7 +123,7 @@ def test_frozen_filters_have_no_backward():
 @pytest.mark.skipif(INTERPRETED, reason="bf16")
 def test_autocast_casts_image_and_filters_on_the_way():
     x, conv = case()
-    with fusedres.backend(BACKEND), torch.autocast("cpu", torch.bfloat16), FusedOps() as ops:
+    with implementation(), torch.autocast("cpu", torch.bfloat16), FusedOps() as ops:
         ours = run(lambda *a: stem(*a).float(), x, conv, torch.float32)
         assert ops.calls["stem_conv"] == 1
         theirs = run(lambda *a: eager(*a).float(), x, conv, torch.float32)
@@ -120,7 +137,7 @@ def test_autocast_casts_image_and_filters_on_the_way():
 def test_a_gradient_penalty_raises():
     x, conv = case()
     weight = conv.weight.requires_grad_()
-    with fusedres.backend(BACKEND):
+    with implementation():
         (dw,) = torch.autograd.grad(stem(x, conv).square().sum(), weight, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiated again"):
             dw.sum().backward()
@@ -157,7 +174,7 @@ def test_children(name):
     for place, child in changes.items():
         children[place] = child
     x = torch.randn(2, 3, 16, 16)
-    with fusedres.backend(BACKEND), FusedOps() as ops:
+    with implementation(), FusedOps() as ops:
         out = stem_of(*children, x)
     assert ops.calls["stem_conv"] == fused
     torch.testing.assert_close(out, nn.Sequential(*children)(x), rtol=1e-3, atol=1e-3)

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from stem_case import DTYPES, EPS, LAST, SIZES, check, convolve, outputs
 from tolerances import assert_close_to_reference
 from triton_code import ITEMSIZES, SHARED_KIB, compile_for, usage
 
@@ -23,34 +24,8 @@ stem_conv, stem_wgrad = (
     importlib.import_module(f"fusedres.kernels.triton.{name}") for name in ("stem_conv", "stem_wgrad")
 )
 
+KERNELS = importlib.import_module("fusedres.kernels.triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-EPS = 1e-5
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-LAST = torch.channels_last
-
-
-def convolve(x, weight):
-    return F.conv2d(x, weight, stride=2, padding=3)
-
-
-def weight_gradient(x, shape, dy):
-    return torch.nn.grad.conv2d_weight(x, shape, dy, stride=2, padding=3)
-
-
-def statistics(y, weight, bias):
-    """mean, var, rstd, scale and shift of y's channels."""
-    mean, var = y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)
-    rstd = (var + EPS).rsqrt()
-    scale = weight * rstd
-    return mean, var, rstd, scale, bias - mean * scale
-
-
-def outputs(x, filters, dtype):
-    """pixels, y and its statistics, to be written."""
-    n, _, h, w = x.shape
-    pixels = torch.empty(pixels_shape(n, h, w), dtype=dtype)
-    y = torch.empty((n, filters, (h + 1) // 2, (w + 1) // 2), dtype=dtype, memory_format=LAST)
-    return pixels, y, torch.empty(5, filters)
 
 
 @pytest.fixture(params=[(8, 0), (9, 0)], ids=["from registers", "from shared memory"])
@@ -66,57 +41,29 @@ def device(request, monkeypatch):
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
 class TestNumbers:
-    def check(self, x, filters, dtype, *, layout=torch.contiguous_format, dweight_dtype=None, twice=False):
-        weight = (torch.randn(filters, 3, 7, 7) / 147**0.5).to(dtype).to(memory_format=layout)
-        norm_weight, norm_bias = torch.randn(2, filters)
-        pixels, y, y_stats = outputs(x, filters, dtype)
-        stem_conv.stem_conv(x, weight, norm_weight, norm_bias, EPS, pixels, y, y_stats)
-        given = x.to(dtype)
-        reference = convolve(given.double(), weight.double())
-        assert_close_to_reference(y, convolve(given, weight), reference, name="y")
-        # the statistics are those of the values that were stored
-        for row, value in enumerate(statistics(y.double(), norm_weight, norm_bias)):
-            torch.testing.assert_close(y_stats[row].double(), value, rtol=2e-5, atol=2e-5)
-
-        dy = torch.randn(y.shape).to(dtype).to(memory_format=LAST)
-        dweight = torch.empty_like(weight, dtype=dweight_dtype)
-        stem_wgrad.stem_wgrad(dy, pixels, dweight)
-        reference = weight_gradient(given.double(), weight.shape, dy.double())
-        wide = dweight.dtype if dtype == torch.bfloat16 or dweight_dtype else torch.float32
-        theirs = weight_gradient(given.to(wide), weight.shape, dy.to(wide)).to(dweight.dtype)
-        assert_close_to_reference(dweight, theirs, reference, name="dweight")
-
-        if twice:
-            again_pixels, again, again_stats = outputs(x, filters, dtype)
-            again_dweight = torch.empty_like(dweight)
-            stem_conv.stem_conv(x, weight, norm_weight, norm_bias, EPS, again_pixels, again, again_stats)
-            stem_wgrad.stem_wgrad(dy, again_pixels, again_dweight)
-            for one, other in ((again, y), (again_stats, y_stats), (again_dweight, dweight)):
-                assert torch.equal(one, other)
-
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_dtypes(self, dtype, device, poisoned):
-        self.check(torch.randn(3, 3, 19, 22), 24, dtype, twice=dtype == torch.bfloat16)
+        check(KERNELS, torch.randn(3, 3, 19, 22), 24, dtype, twice=dtype == torch.bfloat16)
 
-    @pytest.mark.parametrize("size", [(1, 1), (1, 6), (2, 3), (7, 1), (8, 17)], ids=str)
+    @pytest.mark.parametrize("size", SIZES, ids=str)
     def test_borders(self, size, device, poisoned):
-        self.check(torch.randn(2, 3, *size), 8, torch.float16)
+        check(KERNELS, torch.randn(2, 3, *size), 8, torch.float16)
 
     def test_a_tail_of_filters(self, device, poisoned):
-        self.check(torch.randn(1, 3, 9, 12), 72, torch.float16)
+        check(KERNELS, torch.randn(1, 3, 9, 12), 72, torch.float16)
 
     @pytest.mark.parametrize("device", [(9, 0)], indirect=True)
     def test_more_programs_than_a_group(self, device, poisoned):
         device(12)
-        self.check(torch.randn(1, 3, 50, 54), 72, torch.float16)
+        check(KERNELS, torch.randn(1, 3, 50, 54), 72, torch.float16)
 
     @pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["nchw", "channels_last"])
     def test_layouts(self, layout, device, poisoned):
         x = torch.randn(2, 3, 11, 14).to(torch.bfloat16).to(memory_format=layout)
-        self.check(x, 16, torch.bfloat16, layout=layout, dweight_dtype=torch.float32)
+        check(KERNELS, x, 16, torch.bfloat16, layout=layout, weight_dtype=torch.float32)
 
     def test_any_strides(self, device, poisoned):
-        self.check(torch.randn(14, 4, 2, 22).permute(2, 1, 0, 3)[:, 1:, :, ::2], 16, torch.float16)
+        check(KERNELS, torch.randn(14, 4, 2, 22).permute(2, 1, 0, 3)[:, 1:, :, ::2], 16, torch.float16)
 
     def test_pixels(self, poisoned):
         x = torch.randn(2, 3, 10, 133)

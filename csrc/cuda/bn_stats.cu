@@ -19,8 +19,9 @@ void bn_stats(DType dtype, int64_t rows, int64_t channels, const void* x, const 
     launch("bn_stats", problem, g, device.stream, bn_stats_partial_kernel<T, width.value>,
            static_cast<const T*>(x), workspace, rows, channels);
     launch("bn_stats (finalize)", problem, over_partial_results(channels), device.stream,
-           bn_stats_finalize_kernel<T>, static_cast<const T*>(x), workspace, weight, bias, stats,
-           rows, static_cast<int>(g.grid.y), static_cast<int>(g.block.y), channels, eps);
+           bn_stats_finalize_kernel<T>, static_cast<const T*>(x), workspace,
+           static_cast<const float*>(nullptr), weight, bias, stats, rows,
+           static_cast<int>(g.grid.y), static_cast<int>(g.block.y), channels, eps);
   });
 }
 

@@ -134,11 +134,11 @@ __device__ __forceinline__ void halve(Sample (&samples)[N], From from, bool uppe
   }
 }
 
-// Mean and squared deviations of the columns of a tile, over its first `rows` rows; samples:
-// kWarpsM rows of kN in shared memory, which have to be merged after a barrier.
-template <class Tile>
+// Mean and squared deviations of the columns of a tile, over the rows that exist(row) says;
+// samples: kWarpsM rows of kN in shared memory, which have to be merged after a barrier.
+template <class Tile, class Exist>
 __device__ __forceinline__ void put_samples(Sample* samples, const Stand<Tile>& stand,
-                                            const Accumulators<Tile>& sums, int rows) {
+                                            const Accumulators<Tile>& sums, const Exist& exist) {
   constexpr int N = 2 * Tile::kFragmentsN;
   bool there[Tile::kFragmentsM][2];
   float count = 0.0f;
@@ -146,7 +146,7 @@ __device__ __forceinline__ void put_samples(Sample* samples, const Stand<Tile>& 
   for (int i = 0; i < Tile::kFragmentsM; ++i) {
 #pragma unroll
     for (int below = 0; below < 2; ++below) {
-      there[i][below] = stand.first_row + 16 * i + stand.group + 8 * below < rows;
+      there[i][below] = exist(stand.first_row + 16 * i + stand.group + 8 * below);
       count += there[i][below];
     }
   }
@@ -192,16 +192,17 @@ __device__ __forceinline__ void put_samples(Sample* samples, const Stand<Tile>& 
   }
 }
 
-// Takes the samples of a column of the tile into those of the tiles before, of n rows.
-template <class Tile>
+// Takes the samples of a column of the tile into those of the tiles before, of n rows;
+// exist_before(row): of the tile's rows before this one.
+template <class Tile, class ExistBefore>
 __device__ __forceinline__ void take_samples(Sample& mine, float& n, const Sample* samples,
-                                             int column, int rows) {
+                                             int column, const ExistBefore& exist_before) {
   constexpr int kRows = Tile::kM / Tile::kWarpsM;
 #pragma unroll
   for (int warp = 0; warp < Tile::kWarpsM; ++warp) {
-    const int some = rows - warp * kRows;
-    if (some <= 0) break;
-    const float more = static_cast<float>(some < kRows ? some : kRows);
+    const int some = exist_before((warp + 1) * kRows) - exist_before(warp * kRows);
+    if (some == 0) break;
+    const float more = static_cast<float>(some);
     mine = merge(mine, load_shared(samples + warp * Tile::kN + column), n, divide(more, n + more));
     n += more;
   }

@@ -37,9 +37,9 @@ void conv_fwd(DType dtype, Conv c, const void* x, const float* stats, bool relu,
              static_cast<T*>(y), partial, s);
       if (y_stats == nullptr) return;
       launch("conv_fwd (finalize)", conv(c), over_partial_results(s.filters), device.stream,
-             bn_stats_finalize_kernel<T>, static_cast<const T*>(nullptr), partial, norm_weight,
-             norm_bias, y_stats, int64_t{s.rows}, static_cast<int>(g.grid.y), int{Tile::kM},
-             int64_t{s.filters}, eps);
+             bn_stats_finalize_kernel<T>, static_cast<const T*>(nullptr), partial,
+             static_cast<const float*>(nullptr), norm_weight, norm_bias, y_stats, int64_t{s.rows},
+             static_cast<int>(g.grid.y), int{Tile::kM}, int64_t{s.filters}, eps);
     });
   });
 }

@@ -44,12 +44,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       store_shared(staging.pair(row, column), bits_of_pair<T>(a, b));
       round_pair<T>(a, b);
     });
-    if (partial != nullptr) put_samples(samples, stand, sums, rows);
+    if (partial != nullptr) {
+      put_samples(samples, stand, sums, [&](int row) { return row < rows; });
+    }
     sync_block();
     staging.store_rows(y + static_cast<int64_t>(first) * s.filters + filter, s.filters, rows,
                        s.filters - filter);
     if (partial != nullptr && column < Tile::kN) {
-      take_samples<Tile>(mine, n, samples, column, rows);
+      take_samples<Tile>(mine, n, samples, column,
+                         [&](int row) { return row < rows ? row : rows; });
     }
     sync_block();
   }

@@ -107,6 +107,41 @@ void bottleneck_infer(DType, Bottleneck, const void* x, const void* weight1, con
                       const void* weight2, const float* bias2, const void* weight3,
                       const float* bias3, void* z, Device);
 
+// Values of any type in any layout: [n, channels, height, width] of an image, [filters, channels,
+// rows, columns] of a weight.
+enum class Value : int { float32, bfloat16, float16, uint8 };
+struct Strided {
+  const void* data;
+  Value type;
+  int64_t stride[4];  // in values
+};
+// The stem's convolution, 7x7 with stride 2 and padding 3, of images [n, 3, height, width]; filters
+// a multiple of 8. Image and weight are rounded to the op's dtype on the way (float32 to TF32); y,
+// z, pixels and dy begin at a multiple of 16 bytes.
+struct Stem {
+  int64_t n, height, width, filters;
+};
+// Of three channels; what is convolved is (values - mean) * rstd.
+struct StemImage {
+  Strided values;
+  float mean[3], rstd[3];
+};
+// y = conv(x), its stats, and x as stem_wgrad reads it: x -> y, pixels (see kernels/rows.py).
+// Without y_stats none; needs stem_conv_workspace floats of scratch memory for them.
+int64_t stem_conv_workspace(DType, Stem, int multiprocessors);
+void stem_conv(DType, Stem, const StemImage& x, const Strided& weight, const float* norm_weight,
+               const float* norm_bias, float eps, float* workspace, void* pixels, void* y,
+               float* y_stats, Device);
+// z = relu(conv(x) + bias), with pool the maximum of it over 3x3, stride 2, padding 1: x -> z. The
+// bias may be null.
+void stem_bias_act(DType, Stem, const StemImage& x, const Strided& weight, const float* bias,
+                   bool pool, void* z, Device);
+// dy, pixels -> dweight (whose data are written; no uint8); needs stem_wgrad_workspace floats of
+// scratch memory
+int64_t stem_wgrad_workspace(DType, Stem, int multiprocessors);
+void stem_wgrad(DType, Stem, const void* dy, const void* pixels, float* workspace,
+                const Strided& dweight, Device);
+
 // A float32 weight [outer, inner, taps] (taps = 1: already in the order it shall have) and where
 // its cast goes, [outer, taps, inner] (channels_last).
 struct Weight {

@@ -31,17 +31,19 @@ __device__ __forceinline__ void put_stats(float* stats, const float* weight, con
 
 // stats from the samples of all blocks of rows, of which a row of threads takes every
 // kFinalizeRows-th: reads 2C floats a block and the pivot, writes 5C. `height` rows of threads made
-// them, or tiles of so many rows. Without x there is no pivot.
+// them, or tiles of so many rows; or `block_rows` says how many rows each block's are of. Without x
+// there is no pivot.
 template <class T>
 __global__ void __launch_bounds__(kFinalizeColumns* kFinalizeRows)
     bn_stats_finalize_kernel(const T* __restrict__ x, const float* __restrict__ partial,
-                             const float* __restrict__ weight, const float* __restrict__ bias,
-                             float* __restrict__ stats, int64_t rows, int blocks, int height,
-                             int64_t channels, float eps) {
+                             const float* __restrict__ block_rows, const float* __restrict__ weight,
+                             const float* __restrict__ bias, float* __restrict__ stats,
+                             int64_t rows, int blocks, int height, int64_t channels, float eps) {
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kFinalizeColumns + threadIdx.x;
   const int64_t step = static_cast<int64_t>(blocks) * height;
   const int64_t even = rows / step * height, rest = rows % step;
   const auto count_of_block = [&](int block) {
+    if (block_rows != nullptr) return load(block_rows + block).v[0];
     const int64_t left = rest - static_cast<int64_t>(block) * height;
     return static_cast<float>(even + (left < 0 ? 0 : left < height ? left : height));
   };

@@ -41,7 +41,7 @@ def bind_conv(layer: ConvBiasAct, x: Tensor, residual: Tensor | None, prepared: 
 
 
 def bind_stem(layer: Stem, x: Tensor, prepared: Prepared) -> Bound:
-    """Likewise; a bias waits for the pass over the convolution's output that finds the maxima."""
+    """Likewise: in one launch, or with a bias that waits for the pass that finds the maxima."""
     weight, bias = channels_last(layer, prepared), float32_bias(layer, prepared)
     usual = all(getattr(layer, name) == value for name, value in _STEM.items())
     if not usual or tuple(weight.shape[1:]) != (3, 7, 7):
@@ -57,11 +57,17 @@ def bind_stem(layer: Stem, x: Tensor, prepared: Prepared) -> Bound:
     shape = ops.stem_shape(x, weight, x.dtype)
     fused = autotune.fused("stem_conv", x, shape, functools.partial(conv, x))
 
-    def stem(x: Tensor) -> Tensor:
+    def in_passes(x: Tensor) -> Tensor:
         return pool(conv(x, fused), bias)
 
+    def at_once(x: Tensor) -> Tensor:
+        return _OPS.stem_bias_act(x, weight, bias, None, None, True, x.dtype)  # type: ignore[no-any-return]
+
+    if autotune.fused("stem_bias_act", x, shape, lambda one: (at_once if one else in_passes)(x)):
+        implementation, reason, _ = choice("stem_bias_act", x, shape)
+        return Bound(at_once, (), implementation, reason)
     implementation, reason, _ = choice("stem_conv", x, shape)
-    return Bound(stem, (), implementation if fused else "cudnn", reason)
+    return Bound(in_passes, (), implementation if fused else "cudnn", reason)
 
 
 def choice(op: str, x: Tensor, conv: Any) -> plan.Choice:

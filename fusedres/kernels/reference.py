@@ -9,6 +9,8 @@ output may be the same tensor as ``grad``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -372,6 +374,23 @@ def stem_conv(
     y.copy_(_convolve(x.to(y.dtype), weight.to(y.dtype), None, 2, STEM_BORDER))
     if y_stats is not None:
         bn_stats(y, norm_weight, norm_bias, eps, y_stats)
+
+
+def stem_bias_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    pool: bool,
+    z: Tensor,
+) -> None:
+    image = x.to(_wide(z).dtype)
+    if mean is not None and std is not None:
+        of_mean, of_std = (image.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
+        image = (image - of_mean) / of_std
+    u = F.conv2d(_wide(image.to(z.dtype)), _wide(weight.to(z.dtype)), bias, 2, STEM_BORDER).relu_()
+    z.copy_(F.max_pool2d(u, 3, 2, 1) if pool else u)
 
 
 def stem_wgrad(dy: Tensor, pixels: Tensor, dweight: Tensor) -> None:

@@ -14,6 +14,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 _OPS = torch.ops.fusedres
 _Shape = tuple[int, ...]
+
+
+def _halved(x: _Shape, weight: _Shape) -> _Shape:
+    """Of a convolution's output with stride 2, whatever pool is behind it."""
+    return x[0], weight[0], (x[2] + 1) // 2, (x[3] + 1) // 2
+
+
 # an op's raw output (or that output's gradient) and its weight, of the arguments' and the results' shapes
 _CONVOLUTIONS: dict[str, Callable[[Any, Any], tuple[_Shape, _Shape]]] = {
     "conv_fwd": lambda args, out: (out[0], args[5]),
@@ -23,6 +30,7 @@ _CONVOLUTIONS: dict[str, Callable[[Any, Any], tuple[_Shape, _Shape]]] = {
     "conv_int8": lambda args, out: (out, args[2]),
     "stem_conv": lambda args, out: (out[0], args[1]),
     "stem_wgrad": lambda args, out: (args[0], args[2]),
+    "stem_bias_act": lambda args, out: (_halved(args[0], args[1]), args[1]),
 }
 
 

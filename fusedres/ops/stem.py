@@ -1,9 +1,12 @@
 """stem_conv and stem_wgrad: the 7x7 convolution of an image, stride 2, and its weight's gradient.
 
-``pixels`` is the image as the kernels read it, packed once for both (``kernels/rows.py``).
+``pixels`` is the image as the kernels read it, packed once for both (``kernels/rows.py``). stem_bias_act is
+the convolution with what surrounds it in a trained net: the image's normalisation, bias, ReLU, max pool.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,10 +45,47 @@ def _outputs(
     x: Tensor, weight: Tensor, statistics: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     n, _, h, w = x.shape
-    shape = (n, weight.shape[0], (h - 1) // 2 + 1, (w - 1) // 2 + 1)
-    y = torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout(x))
+    y = _convolved(x, weight, dtype)
     pixels = torch.empty(pixels_shape(n, h, w), dtype=dtype, device=x.device)
-    return y, new_stats(y, shape[1]) if statistics else None, pixels
+    return y, new_stats(y, y.shape[1]) if statistics else None, pixels
+
+
+def _convolved(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    n, _, h, w = x.shape
+    shape = (n, weight.shape[0], (h - 1) // 2 + 1, (w - 1) // 2 + 1)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout(x))
+
+
+def stem_bias_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    pool: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    _check(x, weight)
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std go together")
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != STEM_CHANNELS:
+            raise ValueError(f"{name} must have {STEM_CHANNELS} values, got {len(values)}")
+    z = _activated(x, weight, pool, dtype)
+    check_vectors(z, (weight.shape[0],), bias=bias)
+    if z.numel():
+        run = kernel("stem_bias_act", z, shape_of(x, weight, dtype))
+        run(x, weight, bias, mean, std, pool, z)
+    return z
+
+
+def _activated(x: Tensor, weight: Tensor, pool: bool, dtype: torch.dtype) -> Tensor:
+    if not pool:
+        return _convolved(x, weight, dtype)
+    n, _, h, w = x.shape
+    # of the convolution's output and of the pool's alike: half of it, rounded up
+    shape = (n, weight.shape[0], (h + 3) // 4, (w + 3) // 4)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout(x))
 
 
 def stem_wgrad(dy: Tensor, pixels: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
@@ -88,6 +128,13 @@ OPS = {
         " ScalarType dtype) -> (Tensor y, Tensor y_stats, Tensor pixels)",
         stem_conv,
         _fake_conv,
+    ),
+    # mean, std: x stands for (x - mean) / std, channel by channel, which is what is rounded to dtype
+    "stem_bias_act": Op(
+        "(Tensor x, Tensor weight, Tensor? bias, float[]? mean, float[]? std, bool pool, ScalarType dtype)"
+        " -> Tensor",
+        stem_bias_act,
+        lambda x, weight, bias, mean, std, pool, dtype: _activated(x, weight, pool, dtype),
     ),
     # weight: for the shape, the dtype and the layout of its gradient; height and width: the image's
     "stem_wgrad": Op(

@@ -15,6 +15,7 @@ from fusedres.plan.conv import (
     CONV_BIAS_OPS,
     CONV_OPS,
     INT8_OPS,
+    STEM_BIAS_OPS,
     STEM_OPS,
     Conv,
     likely,
@@ -42,6 +43,7 @@ __all__ = [
     "MAXPOOL_OPS",
     "MEASURED",
     "OPS",
+    "STEM_BIAS_OPS",
     "STEM_OPS",
     "Choice",
     "Conv",
@@ -75,7 +77,7 @@ MAXPOOL_OPS = (
 )
 AVGPOOL_OPS = ("global_avg_pool", "global_avg_pool_backward")
 # each a convolution (or three), so that a measurement may decide between ours and PyTorch's
-CONVOLUTIONS = (*CONV_OPS, *CONV_BIAS_OPS, *BLOCK_OPS, *INT8_OPS, *STEM_OPS)
+CONVOLUTIONS = (*CONV_OPS, *CONV_BIAS_OPS, *BLOCK_OPS, *INT8_OPS, *STEM_OPS, *STEM_BIAS_OPS)
 ALL_OPS = (*BN_OPS, *MAXPOOL_OPS, *AVGPOOL_OPS, "cast_weights", "quantize_int8", *CONVOLUTIONS)
 # a few ops save passes over what others, and PyTorch's own, do as well: where an implementation hasn't
 # got one of these the callers take those, also if it is forced
@@ -88,7 +90,9 @@ MIN_CAPABILITY = (8, 0)
 OPS = {
     "cpu": frozenset(BN_OPS + MAXPOOL_OPS),
     "triton": frozenset(BN_OPS + CONV_OPS + CONV_BIAS_OPS + INT8_OPS + STEM_OPS) | {"quantize_int8"},
-    "cuda": frozenset(BN_OPS + MAXPOOL_OPS + AVGPOOL_OPS + CONV_BIAS_OPS + BLOCK_OPS)
+    "cuda": frozenset(
+        BN_OPS + MAXPOOL_OPS + AVGPOOL_OPS + CONV_BIAS_OPS + BLOCK_OPS + STEM_OPS + STEM_BIAS_OPS
+    )
     | {"cast_weights", "conv_fwd"},
 }
 DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}

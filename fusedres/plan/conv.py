@@ -12,6 +12,7 @@ CONV_BIAS_OPS = ("conv_bias_act",)
 BLOCK_OPS = ("bottleneck_infer",)
 INT8_OPS = ("conv_int8",)
 STEM_OPS = ("stem_conv", "stem_wgrad")
+STEM_BIAS_OPS = ("stem_bias_act",)
 
 # An H100's measured copy (bytes a second) and bf16 product (FLOP a second; of int8 twice that, as its data
 # sheet has it); on other chips it is their
@@ -165,7 +166,7 @@ def likely(op: str, conv: Conv | None, dtype: str) -> tuple[bool, str]:
     """Whether the fused kernel is predicted to win, and why."""
     if conv is None:
         return True, "by shape"
-    if op in STEM_OPS:
+    if op in STEM_OPS + STEM_BIAS_OPS:
         # 11 (bf16) and 3.5 (fp16) times the memory's floor forward, 7 and 3.5 for the weight
         return not conv.ieee, "predicted: cuDNN's takes 3 to 11 times what memory needs; not measured"
     fused, plain = predicted_block(conv, dtype) if op in BLOCK_OPS else predicted(op, conv, dtype)

@@ -19,6 +19,7 @@ from fusedres.kernels.cuda.pools import (
     global_avg_pool,
     global_avg_pool_backward,
 )
+from fusedres.kernels.cuda.stem import stem_bias_act, stem_conv, stem_wgrad
 
 __all__ = [
     "bias_relu_maxpool",
@@ -37,4 +38,7 @@ __all__ = [
     "conv_fwd",
     "global_avg_pool",
     "global_avg_pool_backward",
+    "stem_bias_act",
+    "stem_conv",
+    "stem_wgrad",
 ]

@@ -1,0 +1,41 @@
+#include "stem_launch.cuh"
+#include "stem_wgrad.cuh"
+
+namespace fusedres::cuda {
+namespace {
+
+template <class T>
+Grid grid_of(const StemShape& s, int multiprocessors) {
+  using Tile = StemWgradTile<T>;
+  const typename Tile::Tiles tiles{s.n, s.out_height(), s.out_width()};
+  return over_stem_tiles<Tile>(tiles.tiles(), s.filters, Tile::kFilters, multiprocessors,
+                               Tile::kBytes);
+}
+
+}  // namespace
+
+int64_t stem_wgrad_workspace(DType dtype, Stem problem, int multiprocessors) {
+  const StemShape s = stem_shape("stem_wgrad", problem, {});
+  int64_t floats = 0;
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    floats = grid_of<T>(s, multiprocessors).grid.y * problem.filters * kWindow;
+  });
+  return floats;
+}
+
+void stem_wgrad(DType dtype, Stem problem, const void* dy, const void* pixels, float* workspace,
+                const Strided& dweight, Device device) {
+  const StemShape s = stem_shape("stem_wgrad", problem, {dy, pixels, workspace});
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Grid g = grid_of<T>(s, device.multiprocessors);
+    launch("stem_wgrad", stem(problem), g, device.stream, stem_wgrad_partial_kernel<T>,
+           static_cast<const T*>(dy), static_cast<const T*>(pixels), workspace, s);
+    launch("stem_wgrad (finalize)", stem(problem), over_partial_results(problem.filters * kWindow),
+           device.stream, stem_wgrad_finalize_kernel, static_cast<const float*>(workspace), dweight,
+           static_cast<int>(g.grid.y), s.filters);
+  });
+}
+
+}  // namespace fusedres::cuda
