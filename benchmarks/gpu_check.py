@@ -31,6 +31,7 @@ try:
     import gpu_check_net
     import gpu_check_ops
     import gpu_check_sanitizer
+    import gpu_check_stem
     import torch
 
     from fusedres import kernels
@@ -39,7 +40,7 @@ except ImportError as error:
     gpu_check_install.install_and_restart(__file__, sys.argv[1:], error)
 
 ROOT = Path(__file__).resolve().parents[1]
-TOTAL = 525.0  # seconds
+TOTAL = 535.0  # seconds
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _MOST_WRONG = 10  # named in the summary of a part
 
@@ -52,6 +53,7 @@ PARTS = {
     "train": Part(gpu_check_net.train, 50, gpu_check_net.show_train),
     "inference": Part(gpu_check_inference.inference, 40, gpu_check_inference.show_inference),
     "convs": Part(gpu_check_convs.convs, 35, gpu_check_convs.show_convs),
+    "stem": Part(gpu_check_stem.stem, 10, gpu_check_stem.show_stem),
     "ops": Part(gpu_check_ops.ops, 30, gpu_check_ops.show_ops),
     "compile": Part(gpu_check_net.compiled, 65, gpu_check_net.show_train),
     "frozen": Part(gpu_check_inference.frozen, 40, gpu_check_inference.show_inference),

@@ -52,7 +52,7 @@ def convs(check: Check) -> None:
         facts = {"variant": str(layer), "count": count, "batch": batch}
         try:
             for call in calls(layer, batch, check.device, dtype):
-                _measure(check, call, dtype, facts, timer, gbps)
+                measure(check, call, name, dtype, facts, timer, gbps)
         except torch.OutOfMemoryError as error:
             check.record("out of memory", ok=False, **facts, error=str(error)[:300])
     if remaining:
@@ -73,10 +73,16 @@ def _plan(found: Counter[Layer], batch: int) -> list[tuple[Layer, int, torch.dty
     return [(layer, found[layer], dtype) for layer, dtype in plans]
 
 
-def _measure(
-    check: Check, call: Call, dtype: torch.dtype, facts: dict[str, object], timer: Timer, gbps: float
+def measure(
+    check: Check,
+    call: Call,
+    name: str,
+    dtype: torch.dtype,
+    facts: dict[str, object],
+    timer: Timer,
+    gbps: float,
 ) -> None:
-    name = IMPLEMENTATION[check.device]
+    """Record implementation ``name`` of an op: whether it is right, and its time beside PyTorch's."""
     floor, bound = call.floor_ms(gbps, dtype)
     # so that float32 can be held to a rounding; products of 16 bits are exact in TF32
     exact = {"allow_tf32": False} if dtype == torch.float32 else {}

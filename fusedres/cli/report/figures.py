@@ -55,10 +55,12 @@ def of(machine: Machine) -> list[Figure]:
     return found
 
 
-def _in_order(direction: tuple[str, str]) -> tuple[int, str]:
-    """Forward, dgrad, wgrad; bf16 first."""
-    order = ("f", "d", "w")
-    return order.index(direction[0].removeprefix("conv_")[0]), direction[1]
+def _in_order(direction: tuple[str, str]) -> tuple[bool, int, str]:
+    """Forward, dgrad, wgrad, then the ops of the stem; bf16 first."""
+    op, dtype = direction
+    if op.startswith("stem_"):
+        return True, ("conv", "wgrad", "bias_act").index(op.removeprefix("stem_")), dtype
+    return False, ("f", "d", "w").index(op.removeprefix("conv_")[0]), dtype
 
 
 def sorted_comparisons(machine: Machine, mode: str) -> list[Comparison]:
