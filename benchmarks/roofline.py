@@ -21,9 +21,11 @@ from fusedres.cli.bench.report import aligned
 from fusedres.cli.options import DTYPES, MODELS, at_least, positive_float
 from fusedres.cli.roofline import LEVELS, Placed, passes
 from fusedres.plan import traffic
-from fusedres.plan.conv import BANDWIDTH, PEAK
+from fusedres.plan.conv import BANDWIDTH, FUSED_COST, PEAK, REACHED_BANDWIDTH, REACHED_PEAK
 
 DETAILS = ("net", "block", "layer", "pass")
+# levels whose convolutions are all kernels of this project
+PREDICTED = ("block", "conv-pool")
 _STRIDE = 32
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 _SECONDS = 0.5  # of calls
@@ -174,10 +176,39 @@ def _level(level: str, found: Sequence[Placed], ceilings: Row) -> Row:
     facts = LEVELS[level]
     report: Row = {"mode": facts.mode, "title": facts.title, "built": facts.built}
     report |= rows(found, ceilings, "net")[0]
+    if level in PREDICTED:
+        report["predicted_s"] = predicted(found, ceilings)
     return report | {
         f"{detail}es" if detail == "pass" else f"{detail}s": rows(found, ceilings, detail)
         for detail in ("block", "layer", "pass")
     }
+
+
+def predicted(found: Sequence[Placed], ceilings: Row) -> float:
+    """Seconds of a batch if memory and arithmetic reach what cuDNN's convolutions reach on an H100, and a
+    fused convolution takes longer than that by ``plan.conv.FUSED_COST``: assumptions, until a GPU has run it.
+    """
+    bandwidth, peak = ceilings["bandwidth"] * REACHED_BANDWIDTH, ceilings["peak"] * REACHED_PEAK
+    return sum(
+        placed.work.seconds(bandwidth, peak) * (FUSED_COST if placed.work.flop else 1) for placed in found
+    )
+
+
+def _predictions(found: dict[str, list[Placed]], batch: int, ceilings: Row) -> list[str]:
+    lines = []
+    for level in PREDICTED:
+        if level in found:
+            seconds = predicted(found[level], ceilings)
+            lines.append(f"{level}: {1e3 * seconds:.1f} ms, {batch / seconds:,.0f} img/s")
+    if lines:
+        lines = [
+            "",
+            f"predicted, not measured, if memory reaches {REACHED_BANDWIDTH:.0%} of its ceiling, arithmetic "
+            f"{REACHED_PEAK:.0%}, and a fused",
+            f"convolution takes {FUSED_COST} times that:",
+            *lines,
+        ]
+    return lines
 
 
 def table(found: dict[str, list[Placed]], settings: Row, ceilings: Row, detail: str) -> str:
@@ -196,7 +227,7 @@ def table(found: dict[str, list[Placed]], settings: Row, ceilings: Row, detail: 
             row = rows(placed, ceilings, "net")[0]
             name = f"{level}{'*' if LEVELS[level].built else ''}"
             shown.append((name, *_figures(row, batch), f"{batch / row['floor_s']:,.0f}"))
-        return "\n".join(lines + aligned(shown))
+        return "\n".join(lines + aligned(shown) + _predictions(found, batch, ceilings))
     for level, placed in found.items():
         shown = [(f"{level}, each {detail}", *head)]
         for row in rows(placed, ceilings, detail):

@@ -258,3 +258,15 @@ def test_the_floors_of_gpu_check_are_of_the_same_contracts():
     sizes = {**traffic.around(block.projection, "bfloat16")}
     expected = traffic.moved("conv_fwd", "projection", sizes).bytes
     assert conv_cases.bytes_moved("conv_fwd", layer, 4, torch.bfloat16) == expected
+
+
+def test_a_prediction_says_what_it_assumes(capsys):
+    """Longer than the floor by what is assumed, and no more."""
+    assert roofline.main(["--level", "block", "--level", "compile"]) == 0
+    out = capsys.readouterr().out
+    found, ceilings = passes("block", "resnet50", 256, 224, "bfloat16"), roofline._known(torch.bfloat16)
+    seconds = roofline.predicted(found, ceilings)
+    floor = roofline.rows(found, ceilings, "net")[0]["floor_s"]
+    assert floor / 0.9 < seconds < 1.3 * floor / 0.85
+    assert "predicted, not measured, if memory reaches 90% of its ceiling, arithmetic 85%" in out
+    assert f"block: {1e3 * seconds:.1f} ms, {256 / seconds:,.0f} img/s" in out and "compile:" not in out

@@ -389,7 +389,7 @@ def stem_bias_act(
     if mean is not None and std is not None:
         of_mean, of_std = (image.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
         image = (image - of_mean) / of_std
-    u = F.conv2d(_wide(image.to(z.dtype)), _wide(weight.to(z.dtype)), bias, 2, STEM_BORDER).relu_()
+    u = _convolve(image.to(z.dtype), weight.to(z.dtype), bias, 2, STEM_BORDER).relu_()
     z.copy_(F.max_pool2d(u, 3, 2, 1) if pool else u)
 
 
