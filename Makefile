@@ -57,8 +57,10 @@ test-emulated: .venv/ready
 	variables=$$($(BIN)/python tests/emulation/build.py --env); status=$$?; \
 	if [ $$status = 77 ]; then exit 0; fi; \
 	[ $$status = 0 ] && env $$variables $(BIN)/python -m pytest -n auto --dist worksteal \
+	[ $$status = 0 ] && env $$variables $(BIN)/python -m pytest -n auto --dist worksteal \
 		tests/emulation tests/test_gpu_kernels.py tests/test_bn_relu_maxpool.py tests/test_bias_relu_maxpool.py \
-		tests/test_global_avg_pool.py tests/test_cast_weights.py tests/test_stem_kernels.py tests/test_stem.py
+		tests/test_global_avg_pool.py tests/test_cast_weights.py tests/test_stem_kernels.py tests/test_stem.py \
+		tests/test_conv_dgrad.py
 
 # a plain install without nvcc, Triton and torchvision, on another PyTorch; the real data are test-main's
 test-core: .venv-core/ready

@@ -12,7 +12,6 @@ namespace fusedres {
 namespace {
 
 using cuda::DType;
-using cuda::Image;
 using std::string;
 
 // dtype, rows, channels
@@ -23,13 +22,6 @@ struct Matrix {
 Matrix matrix(const string& dtype, int64_t rows, int64_t channels) {
   if (rows < 1 || channels < 1) throw std::invalid_argument("an activation must not be empty");
   return {dtype_of<DType>(dtype), rows, channels};
-}
-
-Image image(int64_t n, int64_t height, int64_t width, int64_t channels) {
-  if (n < 1 || height < 1 || width < 1 || channels < 1) {
-    throw std::invalid_argument("an image must not be empty");
-  }
-  return {n, height, width, channels};
 }
 
 void check_branch(uintptr_t residual, uintptr_t residual_stats) {

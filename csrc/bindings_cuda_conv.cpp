@@ -82,6 +82,32 @@ void bind_cuda_conv(py::module_& m) {
             to<void>("z", z), device(multiprocessors, stream));
       },
       nogil());
+  m.def("cuda_conv_dgrad_workspace", [](const string& dtype, int64_t n, int64_t height,
+                                        int64_t width, int64_t channels, int multiprocessors) {
+    return cuda::conv_dgrad_workspace(dtype_of<DType>(dtype), image(n, height, width, channels),
+                                      multiprocessors);
+  });
+  m.def(
+      "cuda_conv_dgrad",
+      [](const string& dtype, int64_t n, int64_t height, int64_t width, int64_t channels,
+         int64_t filters, int side, uintptr_t du, uintptr_t y, uintptr_t y_stats, uintptr_t y_sums,
+         uintptr_t weight, uintptr_t add, int64_t add_pitch, bool compact, uintptr_t x,
+         uintptr_t x_stats, bool relu, uintptr_t workspace, uintptr_t dx, uintptr_t x_sums,
+         int multiprocessors, uintptr_t stream) {
+        if (y_sums != 0 && (y == 0 || y_stats == 0)) {
+          throw std::invalid_argument("y_sums needs y and y_stats");
+        }
+        if ((x == 0) != (x_stats == 0) || (x_sums != 0 && (x == 0 || workspace == 0))) {
+          throw std::invalid_argument(
+              "x and x_stats go together, x_sums needs them and a workspace");
+        }
+        cuda::conv_dgrad(dtype_of<DType>(dtype), image(n, height, width, channels), filters, side,
+                         to<void>("du", du), at<void>(y), at<float>(y_stats), at<float>(y_sums),
+                         to<void>("weight", weight), at<void>(add), add_pitch, compact, at<void>(x),
+                         at<float>(x_stats), relu, at<float>(workspace), to<void>("dx", dx),
+                         at<float>(x_sums), device(multiprocessors, stream));
+      },
+      nogil());
 }
 
 }  // namespace fusedres

@@ -416,3 +416,31 @@ def cuda_stem_wgrad(
 def cuda_cast_weights(
     dtype: str, entries: list[tuple[int, int, int, int, int]], multiprocessors: int, stream: int
 ) -> None: ...
+def cuda_conv_dgrad_workspace(
+    dtype: str, n: int, height: int, width: int, channels: int, multiprocessors: int
+) -> int: ...
+def cuda_conv_dgrad(
+    dtype: str,
+    n: int,
+    height: int,
+    width: int,
+    channels: int,
+    filters: int,
+    side: int,
+    du: int,
+    y: int,
+    y_stats: int,
+    y_sums: int,
+    weight: int,
+    add: int,
+    add_pitch: int,
+    compact: bool,
+    x: int,
+    x_stats: int,
+    relu: bool,
+    workspace: int,
+    dx: int,
+    x_sums: int,
+    multiprocessors: int,
+    stream: int,
+) -> None: ...

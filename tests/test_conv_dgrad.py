@@ -1,24 +1,26 @@
-"""The Triton gradient of a convolution's input: its numbers, and what the compiler makes of it."""
+"""The gradient of a convolution's input: its numbers, and what compilers make of it."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from emulation import build
 from tolerances import assert_close_to_reference
 from triton_code import ITEMSIZES, SHARED_KIB, compile_for, usage
 
+from fusedres import kernels
 from fusedres.kernels.rows import DBIAS, DWEIGHT, MEAN, OFFSET, RSTD, SCALE, SHIFT, SLOPE
 
-triton = pytest.importorskip("triton")
-from fusedres.kernels.triton.conv_config import CONFIGS, ConvProblem, is_valid, shared_bytes  # noqa: E402
-from fusedres.kernels.triton.conv_dgrad import conv_dgrad, conv_dgrad_kernel  # noqa: E402
-from fusedres.kernels.triton.conv_wgrad import direct  # noqa: E402
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = build.is_set()  # the CUDA kernel, which is of stride 1
+STRIDES = [1] if EMULATED else [1, 2]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
 NO_Y = {"y": None, "y_sums": None}
@@ -38,8 +40,15 @@ def out_size(size, stride):
     return (size - 1) // stride + 1
 
 
+def as_multiplied(t):
+    """A float32 operand as tensor cores take it: 10 bits behind the point, ties away from zero."""
+    if t.dtype != torch.float32 or not EMULATED:
+        return t
+    return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 def plain(du, y, y_stats, y_sums, weight, stride, add, first, x, x_stats, relu, shape):
-    """The same by PyTorch, in the dtype of du."""
+    """The same by PyTorch, in the dtype of du; where that is float32, in the precision of the kernel."""
     dy = du
     if y_stats is not None:
         scale, mean = rows_of(y_stats, SCALE, MEAN)
@@ -48,7 +57,8 @@ def plain(du, y, y_stats, y_sums, weight, stride, add, first, x, x_stats, relu, 
             slope, offset = rows_of(y_sums, SLOPE, OFFSET)
             dy += slope * (y.to(y_stats.dtype) - mean) + offset
         dy = dy.to(du.dtype)
-    dx = torch.nn.grad.conv2d_input(shape, weight, dy, stride, weight.shape[2] // 2)
+    operands = as_multiplied(weight), as_multiplied(dy)
+    dx = torch.nn.grad.conv2d_input(shape, *operands, stride, weight.shape[2] // 2)
     if add is not None:
         place = dx if add.shape[2:] == dx.shape[2:] else dx[:, :, ::2, ::2]
         place += add[:, first : first + dx.shape[1]]
@@ -70,8 +80,23 @@ def doubled(*values):
     return [v.double() if isinstance(v, torch.Tensor) else v for v in values]
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter: TRITON_INTERPRET=1")
+@pytest.mark.skipif(
+    not INTERPRETED and not EMULATED,
+    reason="runs in Triton's interpreter (TRITON_INTERPRET=1) and in the emulation of CUDA (build.py --env)",
+)
 class TestNumbers:
+    @pytest.fixture(autouse=True)
+    def implementation(self):
+        """Every kernel by the implementation that runs here."""
+        with contextlib.ExitStack() as stack:
+            if EMULATED:
+                from emulation.cuda_on_cpu import cuda_on_cpu, module
+
+                module().seed(0)
+                stack.enter_context(cuda_on_cpu())
+            self.run = kernels.load("cuda" if EMULATED else "triton").conv_dgrad
+            yield
+
     def inputs(self, shape, filters, side, stride, dtype, changes):
         """The arguments of conv_dgrad up to relu."""
         n, c, h, w = shape
@@ -97,25 +122,25 @@ class TestNumbers:
         x, x_stats = inputs[8:10]
         dx = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
         x_sums = changes.get("x_sums", torch.empty(4, shape[1]))
-        conv_dgrad(*inputs, dx, x_sums)
+        self.run(*inputs, dx, x_sums)
         theirs, reference = plain(*inputs, shape), plain(*doubled(*inputs), shape)
         assert_close_to_reference(dx, theirs, reference, name="dx")
         again = torch.empty_like(dx)
         if x_sums is None:
-            conv_dgrad(*inputs, again, None)
+            self.run(*inputs, again, None)
         else:
             # the sums are those of the values that were stored
             theirs, reference = sums_of(dx.float(), x.float(), x_stats), sums_of(*doubled(dx, x, x_stats))
             for ours, *others in zip(x_sums, theirs, reference, strict=True):
                 assert_close_to_reference(ours, *others, terms=others[1].abs().max().item(), name="sums")
             again_sums = torch.empty_like(x_sums)
-            conv_dgrad(*inputs, again, again_sums)
+            self.run(*inputs, again, again_sums)
             assert torch.equal(again_sums, x_sums)
         assert torch.equal(again, dx)
         return dx
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("stride", [1, 2])
+    @pytest.mark.parametrize("stride", STRIDES)
     @pytest.mark.parametrize("side", [1, 3])
     def test_taps_and_strides(self, side, stride, dtype, poisoned):
         self.check((3, 72, 9, 7), 40, side, stride, dtype)
@@ -135,10 +160,10 @@ class TestNumbers:
     )
     @pytest.mark.parametrize("side", [1, 3])
     def test_without(self, side, changes, poisoned):
-        self.check((2, 24, 5, 6), 16, side, 2, torch.float16, **changes)
+        self.check((2, 24, 5, 6), 16, side, STRIDES[-1], torch.float16, **changes)
 
     @pytest.mark.parametrize("compact", [False, True], ids=["full", "compact"])
-    @pytest.mark.parametrize("stride", [1, 2])
+    @pytest.mark.parametrize("stride", STRIDES)
     @pytest.mark.parametrize("side", [1, 3])
     @pytest.mark.parametrize("size", [(6, 4), (5, 7)], ids=str)
     def test_add(self, size, side, stride, compact, poisoned):
@@ -152,7 +177,7 @@ class TestNumbers:
         add = torch.randn(3, 24, 1, 1).contiguous(memory_format=memory)
         self.check((3, 16, 1, 1), 8, 3, add=add, first=8)
 
-    @pytest.mark.parametrize("stride", [1, 2])
+    @pytest.mark.parametrize("stride", STRIDES)
     def test_add_in_place(self, stride):
         shape, dtype = (2, 24, 7, 5), torch.float16
         add = channels_last(*shape, dtype=dtype)
@@ -163,10 +188,10 @@ class TestNumbers:
         theirs = plain(*inputs, shape)
         sums = torch.empty(4, 24)
         inputs[6] = add
-        conv_dgrad(*inputs, add, sums)
+        self.run(*inputs, add, sums)
         assert_close_to_reference(add, theirs, reference, name="dx")
 
-    @pytest.mark.parametrize("stride", [1, 2])
+    @pytest.mark.parametrize("stride", STRIDES)
     @pytest.mark.parametrize(
         ("shape", "filters"),
         [((1, 8, 1, 2), 136), ((2, 64, 8, 8), 64), ((3, 136, 1, 1), 8), ((1, 136, 3, 5), 72)],
@@ -175,7 +200,12 @@ class TestNumbers:
     def test_tails(self, shape, filters, stride, poisoned):
         self.check(shape, filters, 3, stride)
 
-    @pytest.mark.parametrize("stride", [1, 2])
+    @pytest.mark.parametrize("changes", [{}, NO_NORM_BEHIND], ids=["prologue", "plain"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_large_tiles(self, dtype, changes, poisoned):
+        self.check((1, 136, 18, 16), 24, 1, 1, dtype, **changes)
+
+    @pytest.mark.parametrize("stride", STRIDES)
     def test_more_tiles_than_a_group(self, stride):
         self.check((1, 72, 36, 32), 8, 1, stride)
 
@@ -190,10 +220,10 @@ class TestNumbers:
         inputs = self.inputs((1, 8, 4, 4), 8, 3, 1, torch.float16, {"x_stats": torch.full((5, 8), 1e-9)})
         inputs[8] = torch.ones_like(inputs[8])
         dx = torch.empty_like(inputs[8])
-        conv_dgrad(*inputs, dx, None)
+        self.run(*inputs, dx, None)
         assert dx.count_nonzero() == 0
 
-    @pytest.mark.parametrize("stride", [1, 2])
+    @pytest.mark.parametrize("stride", STRIDES)
     @pytest.mark.parametrize("side", [1, 3])
     def test_means_far_from_zero(self, side, stride, poisoned):
         """|mean| / std of 1e3: (y - mean) and (x - mean) are small, slope * mean and x * du aren't."""
@@ -207,7 +237,7 @@ class TestNumbers:
         x_stats[SHIFT] = -1000 * x_stats[SCALE]
         self.check((n, c, h, w), k, side, stride, y=y, y_stats=y_stats, x=x, x_stats=x_stats)
 
-    @pytest.mark.parametrize("stride", [1, 2])
+    @pytest.mark.parametrize("stride", STRIDES)
     @pytest.mark.parametrize("side", [1, 3])
     def test_between_two_batch_norms(self, side, stride, poisoned):
         """relu(bn(conv(relu(bn(x))))) by autograd: the gradient behind the first norm, and its sums."""
@@ -236,7 +266,6 @@ class TestNumbers:
             rstd = (var + EPS).rsqrt()
             return torch.stack([mean, var, rstd, weight * rstd, bias - mean * weight * rstd])
 
-        *theirs, _, _ = run(torch.float32)
         *reference, du, y = run(torch.float64)
         x = leaves["x"].double()
         x_stats, y_stats = stats(x, leaves["a"], leaves["b"]), stats(y, leaves["g"], leaves["h"])
@@ -246,13 +275,21 @@ class TestNumbers:
         )
         dx, x_sums = torch.empty_like(x), torch.empty(4, c)
         prologue = (du, y, y_stats.float(), y_sums.float())
-        conv_dgrad(*prologue, weight, stride, None, 0, x, x_stats.float(), True, dx, x_sums)
+        self.run(*prologue, weight, stride, None, 0, x, x_stats.float(), True, dx, x_sums)
         ours = (dx, x_sums[DBIAS], x_sums[DWEIGHT])
+        if EMULATED:
+            theirs = plain(*prologue, weight, stride, None, 0, x, x_stats.float(), True, x.shape)
+            theirs = (theirs, *sums_of(theirs, x, x_stats.float())[[DBIAS, DWEIGHT]])
+        else:
+            *theirs, _, _ = run(torch.float32)
         for name, *values in zip(("du", "dbias", "dweight"), ours, theirs, reference, strict=True):
             assert_close_to_reference(*values, name=name)
 
 
 def compile_kernel(config, dtype, arch, variant):
+    from fusedres.kernels.triton.conv_common import direct
+    from fusedres.kernels.triton.conv_dgrad import conv_dgrad_kernel
+
     launch = dict(config.keywords)
     options = {k: launch.pop(k) for k in ("num_warps", "num_stages", "maxnreg")}
     constants = {"STRIDE": 1, "COMPACT": False, "RELU": True, "EVEN": True, "PRECISION": "tf32"}
@@ -295,7 +332,9 @@ def named(variant):
     return ",".join(f"{k}={v}" if v is not None else f"no_{k}" for k, v in variant.items())
 
 
+@pytest.mark.skipif(not TRITON, reason="needs triton")
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.skipif(EMULATED, reason="the emulation is of the CUDA kernel")
 @pytest.mark.parametrize("arch", SHARED_KIB)
 class TestCode:
     @pytest.mark.parametrize("variant", TRAINED, ids=named)
@@ -309,6 +348,8 @@ class TestCode:
         self.check(arch, variant, dtype, tmp_path, only_first=False)
 
     def check(self, arch, variant, dtype, tmp_path, *, only_first):
+        from fusedres.kernels.triton.conv_config import CONFIGS, ConvProblem, is_valid, shared_bytes
+
         itemsize = ITEMSIZES[dtype]
         kernel = "conv_dgrad" if itemsize < 4 else "conv_dgrad_fp32"
         problem = ConvProblem(100_000, 256, 256, variant["TAPS"], itemsize)

@@ -15,7 +15,7 @@ ARCHITECTURES = ["80", "86", "89", "90a", "100", "120"]
 REGISTERS = 65536  # of a multiprocessor
 # kernels that multiply on tensor cores
 TENSOR_CORES = re.compile(
-    r"(conv_fwd|conv_bias_act|bottleneck_infer|stem_conv|stem_pool|stem_wgrad_partial)_kernel"
+    r"(conv_fwd|conv_dgrad|conv_bias_act|bottleneck_infer|stem_conv|stem_pool|stem_wgrad_partial)_kernel"
 )
 
 pytestmark = [

@@ -250,6 +250,15 @@ def problem(**facts):
         ({"op": "conv_fwd", "device": "cpu"}, {}, "aten", "cpu has no kernel for conv_fwd"),
         ({"op": "conv_fwd", "conv": conv(groups=4)}, {}, "aten", "no op for groups or dilation, got 4 and 1"),
         ({"op": "conv_fwd", "conv": conv(side=7)}, {}, "aten", "ops are 1x1 and 3x3 .*, got 7x7"),
+        ({"op": "conv_dgrad", "conv": conv(pending=True)}, {}, "triton", "predicted .*; not measured"),
+        ({"op": "conv_dgrad", "conv": conv(pending=True)}, {"triton": "gone"}, "cuda", "predicted"),
+        ({"op": "conv_dgrad", "conv": conv(stride=2)}, {"triton": "gone"}, "aten", "of stride 1, got 2"),
+        (
+            {"op": "conv_dgrad", "dtype": "float32", "conv": conv(ieee=True)},
+            {"triton": "gone"},
+            "aten",
+            "as TF32, which torch.backends.cudnn.allow_tf32 forbids",
+        ),
         ({"op": "conv_fwd", "conv": conv(channels=12)}, {}, "aten", "multiples of 8, got 12 and 64"),
     ],
 )
@@ -257,6 +266,25 @@ def test_plan(facts, unavailable, expected, reason):
     choice = plan.choose(problem(**facts), unavailable)
     assert choice.implementation == expected
     assert re.search(reason, choice.reason)
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected", "reason"),
+    [
+        ({"stride": 1}, "cuda", "forced"),
+        ({"stride": 2}, "aten", "the CUDA conv_dgrad is of stride 1, got 2"),
+        ({"ieee": True}, "aten", "multiply float32 as TF32"),
+    ],
+)
+def test_what_a_forced_backend_leaves_to_pytorch(facts, expected, reason):
+    choice = plan.choose(problem(op="conv_dgrad", conv=conv(**facts)), {}, "cuda")
+    assert choice.implementation == expected
+    assert reason in choice.reason
+
+
+def test_a_forced_backend_is_not_left_for_a_shape_that_no_kernel_takes():
+    with pytest.raises(RuntimeError, match="multiples of 8, got 12 and 64"):
+        plan.choose(problem(op="conv_dgrad", conv=conv(channels=12)), {}, "cuda")
 
 
 @pytest.mark.parametrize(

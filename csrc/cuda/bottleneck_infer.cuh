@@ -63,7 +63,8 @@ struct Inner {
 #pragma unroll
     for (int i = 0; i < Tile::kN / Tile::kRowsAtOnce; ++i) {
       const int row = first + i * Tile::kRowsAtOnce;
-      const int at = (row * kTaps + copied.tap) * channels + copied.channel + chunk * Tile::kVector;
+      const int at =
+          (row * kTaps + copied.tap()) * channels + copied.channel() + chunk * Tile::kVector;
       copy_async(to + Filters::at(row, chunk), weight + at, true);
     }
     copied.next(channels);
@@ -71,7 +72,7 @@ struct Inner {
 
   __device__ __forceinline__ void multiply(int stage) {
     const unsigned char* const from = ring + stage * kStage;
-    const int first_chunk = multiplied.channel / Tile::kVector;
+    const int first_chunk = multiplied.channel() / Tile::kVector;
 #pragma unroll
     for (int step = 0; step < Tile::kSteps; ++step) {
       uint32_t b[Tile::kFragmentsN][2];
@@ -80,7 +81,7 @@ struct Inner {
       for (int i = 0; i < Tile::kFragmentsM; ++i) {
         int row = stand.first_row + 16 * i + stand.a_row();
         if (kWindow) {
-          row = (row / 8 + multiplied.tap / 3) * kHaloWidth + row % 8 + multiplied.tap % 3;
+          row = (row / 8 + multiplied.tap() / 3) * kHaloWidth + row % 8 + multiplied.tap() % 3;
         }
         uint32_t fragment[4];
         load_matrices(fragment, a + Rows::at(row, first_chunk + 2 * step + stand.a_chunk()));
@@ -146,8 +147,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) bottleneck_infe
   {
     Accumulators<First> sums = {};
     const ConvShape shape = {0, s.channels, kInner, 0, 0, 0, 0, 1, 1};
-    Forward<First, false> feed{shape, ring, x, weight1, nullptr, 0.0f, kInner, sums};
-    feed.find(positions);
+    Forward<First, false> feed{shape, ring, positions, x, weight1, nullptr, 0.0f, kInner, sums};
     run_ring<Tile::kStages>(s.channels / First::kDepth, feed);
     put_activation<First>(inner, feed.stand, sums, bias1,
                           [&](int row) { return load_shared(positions + row).taps != 0; });
@@ -184,13 +184,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) bottleneck_infe
       auto* const pair = out.pair(row, column);
       a += two.v[0];
       b += two.v[1];
-      add_pair<T>(a, b, load_shared(pair));
+      const float2 residual = pair_of_bits<T>(load_shared(pair));
+      a += residual.x;
+      b += residual.y;
       store_shared(pair, bits_of_pair<T>(max_or_nan(a, 0.0f), max_or_nan(b, 0.0f)));
     });
     sync_block();
     out.for_each_chunk(Third::kM, Third::kN, [&](int row, int column, const unsigned char* at) {
       if (!there(row)) return;
-      store_chunk(z + pixel(row) * s.channels + filter + column, at);
+      store(z + pixel(row) * s.channels + filter + column, load_chunk<T>(at));
     });
     sync_block();
   }

@@ -50,7 +50,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         b += two.v[1];
       }
       auto* const pair = staging.pair(row, column);
-      if (residual != nullptr) add_pair<T>(a, b, load_shared(pair));
+      if (residual != nullptr) {
+        const float2 two = pair_of_bits<T>(load_shared(pair));
+        a += two.x;
+        b += two.y;
+      }
       store_shared(pair, bits_of_pair<T>(max_or_nan(a, floor), max_or_nan(b, floor)));
     });
     sync_block();

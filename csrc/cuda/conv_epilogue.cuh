@@ -7,13 +7,13 @@
 
 namespace fusedres::cuda {
 
-// 16 bytes from shared to global memory.
+// 16 bytes of shared memory.
 template <class T>
-__device__ __forceinline__ void store_chunk(T* to, const unsigned char* at) {
+__device__ __forceinline__ Pack<T, kAccessBytes / sizeof(T)> load_chunk(const unsigned char* at) {
   const uint4 bits = load_shared(reinterpret_cast<const uint4*>(at));
   Pack<T, kAccessBytes / sizeof(T)> pack;
   memcpy(&pack, &bits, sizeof pack);
-  store(to, pack);
+  return pack;
 }
 
 // The tile in the output's dtype, kM rows of kN values.
@@ -33,22 +33,27 @@ struct Staging {
     const int at = column * sizeof(T);
     return reinterpret_cast<Pair*>(memory + Rows::at(row, at / kAccessBytes) + at % kAccessBytes);
   }
-  // 16 bytes from each of kM rows on; chunk(row, column, address) for those that there are
+  // 16 bytes of each row in turn: chunk(row, column, address)
   template <class F>
-  __device__ __forceinline__ void for_each_chunk(int rows, int columns, F chunk) const {
+  __device__ __forceinline__ void for_each_chunk(F chunk) const {
     constexpr int kChunks = kRow / kAccessBytes;
 #pragma unroll 4  // in flight; all at once would take more registers
     for (int i = 0; i < Tile::kM * kChunks / Tile::kThreads; ++i) {
       const int at = thread + i * Tile::kThreads, row = at / kChunks, c = at % kChunks;
-      if (row < rows && c * Tile::kVector < columns) {
-        chunk(row, c * Tile::kVector, memory + Rows::at(row, c));
-      }
+      chunk(row, c * Tile::kVector, memory + Rows::at(row, c));
     }
+  }
+  // the same for those that there are
+  template <class F>
+  __device__ __forceinline__ void for_each_chunk(int rows, int columns, F chunk) const {
+    for_each_chunk([&](int row, int column, unsigned char* at) {
+      if (row < rows && column < columns) chunk(row, column, at);
+    });
   }
   // Starts copies of a matrix's rows to where theirs are here; zeros for what isn't there.
   __device__ __forceinline__ void copy_rows(const T* from, int64_t pitch, int rows,
                                             int columns) const {
-    for_each_chunk(Tile::kM, Tile::kN, [&](int row, int column, unsigned char* at) {
+    for_each_chunk([&](int row, int column, unsigned char* at) {
       const bool there = row < rows && column < columns;
       copy_async(at, from + (there ? row * pitch + column : 0), there);
     });
@@ -56,7 +61,7 @@ struct Staging {
   // to: the tile's first value in a matrix of rows of `pitch`; after a barrier
   __device__ __forceinline__ void store_rows(T* to, int64_t pitch, int rows, int columns) const {
     for_each_chunk(rows, columns, [&](int row, int column, const unsigned char* at) {
-      store_chunk(to + row * pitch + column, at);
+      store(to + row * pitch + column, load_chunk<T>(at));
     });
   }
 };
@@ -84,30 +89,27 @@ __device__ __forceinline__ auto bits_of_pair(float a, float b) {
 }
 
 template <class T>
-__device__ __forceinline__ void add_pair(float& a, float& b, uint2 bits) {
-  a += float_of_bits(bits.x);
-  b += float_of_bits(bits.y);
-}
-template <class T>
-__device__ __forceinline__ void add_pair(float& a, float& b, uint32_t bits) {
-  const float2 two = Convert<T>::widen(bits);
-  a += two.x;
-  b += two.y;
+__device__ __forceinline__ float2 pair_of_bits(typename Word<2 * sizeof(T)>::type bits) {
+  if constexpr (sizeof(T) == 4) {
+    return {float_of_bits(bits.x), float_of_bits(bits.y)};
+  } else {
+    return Convert<T>::widen(bits);
+  }
 }
 
-// Calls f(row, column, a, b) for each pair of neighbouring sums of a thread: a and b are
-// references, row and column of the tile.
+// Calls f(row, column, a, b) for each pair of neighbouring sums of a thread, column by column: a
+// and b are references, row and column of the tile.
 template <class Tile, class F>
 __device__ __forceinline__ void for_each_pair(const Stand<Tile>& stand, Accumulators<Tile>& sums,
                                               F f) {
 #pragma unroll
-  for (int i = 0; i < Tile::kFragmentsM; ++i) {
+  for (int j = 0; j < Tile::kFragmentsN; ++j) {
+    const int column = stand.first_column + 8 * j + 2 * stand.member;
 #pragma unroll
-    for (int below = 0; below < 2; ++below) {
-      const int row = stand.first_row + 16 * i + stand.group + 8 * below;
+    for (int i = 0; i < Tile::kFragmentsM; ++i) {
 #pragma unroll
-      for (int j = 0; j < Tile::kFragmentsN; ++j) {
-        const int column = stand.first_column + 8 * j + 2 * stand.member;
+      for (int below = 0; below < 2; ++below) {
+        const int row = stand.first_row + 16 * i + stand.group + 8 * below;
         f(row, column, sums[i][j][2 * below], sums[i][j][2 * below + 1]);
       }
     }

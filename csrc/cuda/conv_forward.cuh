@@ -29,16 +29,16 @@ __device__ __forceinline__ void load_filters(uint32_t (&b)[Tile::kFragmentsN][2]
 template <class Tile, bool kPrologue>
 struct Forward {
   using T = typename Tile::T;
-  using Rows = Swizzled<kRowBytes>;
+  using Chunks = Swizzled<kRowBytes>;
   static constexpr int kWeight = Tile::kM * kRowBytes;  // bytes in front of it
   static constexpr int kVectors = kWeight + Tile::kN * kRowBytes;
   static constexpr int kStage = kVectors + (kPrologue ? 2 * Tile::kDepth * sizeof(float) : 0);
   static constexpr int kBytes = Tile::kStages * kStage;
-  static constexpr int kCopiesM = Tile::kM / Tile::kRowsAtOnce;
   static constexpr int kCopiesN = Tile::kN / Tile::kRowsAtOnce;
 
   const ConvShape& s;
   unsigned char* ring;
+  const Position* positions;
   const T* x;       // the tile's first pixel
   const T* weight;  // the tile's first filter
   const float* stats;
@@ -48,52 +48,27 @@ struct Forward {
   Accumulators<Tile>& sums;
   const Stand<Tile> stand{};
   Walk<Tile> copied{}, multiplied{};
-  Position mine[kCopiesM]{};         // those that this thread copies
-  int taps[Tile::kFragmentsM][2]{};  // of the rows that it has in fragments
-
-  __device__ __forceinline__ void find(const Position* positions) {
-#pragma unroll
-    for (int i = 0; i < kCopiesM; ++i) {
-      const int row = threadIdx.x / Tile::kChunks + i * Tile::kRowsAtOnce;
-      mine[i] = load_shared(positions + row);
-    }
-    if constexpr (kPrologue) {
-#pragma unroll
-      for (int i = 0; i < Tile::kFragmentsM; ++i) {
-#pragma unroll
-        for (int below = 0; below < 2; ++below) {
-          const int row = stand.first_row + 16 * i + stand.group + 8 * below;
-          taps[i][below] = load_shared(positions + row).taps;
-        }
-      }
-    }
-  }
 
   __device__ __forceinline__ void copy(int stage) {
     unsigned char* const to = ring + stage * kStage;
     const int chunk = threadIdx.x % Tile::kChunks, first = threadIdx.x / Tile::kChunks;
-    const int channel = copied.channel + chunk * Tile::kVector;
-    const bool exists = channel < s.channels;
-    const int pixels = copied.pixels(s);
-#pragma unroll
-    for (int i = 0; i < kCopiesM; ++i) {
-      const bool there = exists && (mine[i].taps >> copied.tap & 1) != 0;
-      const int at = there ? (mine[i].pixel + pixels) * s.channels + channel : 0;
-      copy_async(to + Rows::at(first + i * Tile::kRowsAtOnce, chunk), x + at, there);
-    }
+    const int channel = copied.channel() + chunk * Tile::kVector;
+    for_each_copy(positions, threadIdx.x, channel, copied, s, [&](int row, int at, bool there) {
+      copy_async(to + Chunks::at(row, chunk), x + at, there);
+    });
 #pragma unroll
     for (int i = 0; i < kCopiesN; ++i) {
       const int row = first + i * Tile::kRowsAtOnce;
-      const bool there = exists && row < filters;
-      const int at = there ? (row * s.taps() + copied.tap) * s.channels + channel : 0;
-      copy_async(to + kWeight + Rows::at(row, chunk), weight + at, there);
+      const bool there = channel < s.channels && row < filters;
+      const int at = there ? (row * s.taps() + copied.tap()) * s.channels + channel : 0;
+      copy_async(to + kWeight + Chunks::at(row, chunk), weight + at, there);
     }
     if constexpr (kPrologue) {
       constexpr int kCopies = Tile::kDepth * sizeof(float) / kAccessBytes;
       if (threadIdx.x < 2 * kCopies) {
         const int row = threadIdx.x / kCopies, part = threadIdx.x % kCopies * 4;
-        const bool there = copied.channel + part < s.channels;
-        const int at = (kScale + row) * s.channels + (there ? copied.channel + part : 0);
+        const bool there = copied.channel() + part < s.channels;
+        const int at = (kScale + row) * s.channels + (there ? copied.channel() + part : 0);
         copy_async(to + kVectors + threadIdx.x * kAccessBytes, stats + at, there);
       }
     }
@@ -110,12 +85,12 @@ struct Forward {
       for (int i = 0; i < Tile::kFragmentsM; ++i) {
         const int row = stand.first_row + 16 * i + stand.a_row();
         uint32_t a[4];
-        load_matrices(a, from + Rows::at(row, 2 * step + stand.a_chunk()));
+        load_matrices(a, from + Chunks::at(row, 2 * step + stand.a_chunk()));
         if constexpr (kPrologue) {
           const auto* scale = reinterpret_cast<const float*>(from + kVectors) + step * kStep<T>;
-          activate<T>(a, scale, scale + Tile::kDepth, stand.member, floor,
-                      (taps[i][0] >> multiplied.tap & 1) != 0,
-                      (taps[i][1] >> multiplied.tap & 1) != 0);
+          const There<Tile> there(positions, stand, i, multiplied);
+          activate<T>(a, scale, scale + Tile::kDepth, stand.member, floor, there.above,
+                      there.below);
         }
         as_operand<T>(a);
 #pragma unroll
@@ -137,13 +112,13 @@ __device__ __forceinline__ void convolve(Accumulators<Tile>& sums, unsigned char
   sync_block();
   Forward<Tile, kPrologue> feed{s,
                                 ring,
+                                positions,
                                 x + origin * s.channels,
                                 weight + static_cast<int64_t>(filter) * s.taps() * s.channels,
                                 stats,
                                 floor,
                                 s.filters - filter,
                                 sums};
-  feed.find(positions);
   const int depth_of_a_tap = (s.channels + Tile::kDepth - 1) / Tile::kDepth;
   run_ring<Tile::kStages>(depth_of_a_tap * s.taps(), feed);
 }

@@ -91,20 +91,47 @@ __device__ __forceinline__ int put_positions(Position* positions, int first, con
   return origin;
 }
 
-// Where the reduction is: the channel that a stage begins with, and the tap.
+// Where the reduction is: the channel that a stage begins with, and the tap, in one register.
 template <class Tile>
 struct Walk {
-  int channel = 0, tap = 0;
+  int at = 0;
+  __device__ __forceinline__ int channel() const { return at >> 4; }
+  __device__ __forceinline__ int tap() const { return at & 15; }
   // pixels from a position's own to the tap's
   __device__ __forceinline__ int pixels(const ConvShape& s) const {
-    return s.side == 1 ? 0 : (tap / 3 - 1) * s.width + tap % 3 - 1;
+    return s.side == 1 ? 0 : (tap() / 3 - 1) * s.width + tap() % 3 - 1;
   }
   __device__ __forceinline__ void next(int channels) {
-    channel += Tile::kDepth;
-    if (channel >= channels) {
-      channel = 0;
-      ++tap;
-    }
+    at += Tile::kDepth << 4;
+    if (channel() >= channels) at = tap() + 1;
+  }
+};
+
+// Calls f(row, offset, there) for each position whose 16 bytes of a stage, from `channel` on, this
+// thread copies: values from the tile's first pixel to those of the walk's tap, 0 if that isn't in
+// the image. Positions are read anew for every stage: kept, they would be registers too many.
+template <class Tile, class F>
+__device__ __forceinline__ void for_each_copy(const Position* positions, int thread, int channel,
+                                              const Walk<Tile>& walk, const ConvShape& s, F f) {
+  const int pixels = walk.pixels(s);
+#pragma unroll
+  for (int i = 0; i < Tile::kM / Tile::kRowsAtOnce; ++i) {
+    const int row = thread / Tile::kChunks + i * Tile::kRowsAtOnce;
+    const Position p = load_shared(positions + row);
+    const bool there = channel < s.channels && (p.taps >> walk.tap() & 1) != 0;
+    f(row, there ? (p.pixel + pixels) * s.channels + channel : 0, there);
+  }
+}
+
+// Whether the two rows of a thread's fragment have the walk's tap in the image.
+template <class Tile>
+struct There {
+  bool above, below;
+  __device__ __forceinline__ There(const Position* positions, const Stand<Tile>& stand, int i,
+                                   const Walk<Tile>& walk) {
+    const Position* const p = positions + stand.first_row + 16 * i + stand.group;
+    above = (load_shared(p).taps >> walk.tap() & 1) != 0;
+    below = (load_shared(p + 8).taps >> walk.tap() & 1) != 0;
   }
 };
 
@@ -116,22 +143,19 @@ using Accumulators = float[Tile::kFragmentsM][Tile::kFragmentsN][4];
 // feed.multiply(stage) takes a stage that has arrived. Ends with all threads past their last read.
 template <int kStages, class Feed>
 __device__ __forceinline__ void run_ring(int iterations, Feed& feed) {
-  int ahead = 0;
 #pragma unroll
-  for (; ahead < kStages - 1; ++ahead) {
-    if (ahead < iterations) feed.copy(ahead);
+  for (int stage = 0; stage < kStages - 1; ++stage) {
+    if (stage < iterations) feed.copy(stage);
     commit_copies();
   }
-  int to = kStages - 1, from = 0;
+  int from = 0;
 #pragma unroll 1
-  for (int i = 0; i < iterations; ++i) {
+  for (int left = iterations; left > 0; --left) {
     wait_copies<kStages - 2>();
     sync_block();  // others' copies have arrived too, and all are done with the stage before
-    if (ahead < iterations) feed.copy(to);
-    ++ahead;
+    if (left >= kStages) feed.copy(from == 0 ? kStages - 1 : from - 1);
     commit_copies();
     feed.multiply(from);
-    to = to + 1 == kStages ? 0 : to + 1;
     from = from + 1 == kStages ? 0 : from + 1;
   }
   wait_copies<0>();

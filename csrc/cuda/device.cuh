@@ -53,6 +53,17 @@ __device__ __forceinline__ int right_here(int value) {
   return value;
 }
 
+// blockIdx.x, read where it stands.
+__device__ __forceinline__ int block_here() {
+#if defined(__CUDA_ARCH__)
+  int x;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+  return x;
+#else
+  return blockIdx.x;
+#endif
+}
+
 // a / b to 2 ulps, without the slow path of a rounded division.
 __device__ __forceinline__ float divide(float a, float b) {
 #if defined(__CUDA_ARCH__)

@@ -92,6 +92,19 @@ int64_t conv_fwd_workspace(DType, Conv, int multiprocessors);
 void conv_fwd(DType, Conv, const void* x, const float* stats, bool relu, const void* weight,
               const float* norm_weight, const float* norm_bias, float eps, float* workspace,
               void* y, float* y_stats, Device);
+// The gradient of the input of a convolution of `side` 1, or 3 with a padding of 1, and stride 1:
+// du (, y, add, x) -> dx, and sums over dx. y_stats and y_sums (which needs y) make du the gradient
+// of y; add is a gradient of the same image, its first value of channel 0, `add_pitch` values from
+// a pixel to the next, or of its pixels at even rows and columns (compact); it may be dx. weight is
+// [filters, side, side, channels]. Channels, filters and add_pitch are multiples of 8, tensors and
+// vectors begin at multiples of 16 bytes, and positions, a tile and the weight are counted by
+// int32; throws std::invalid_argument otherwise. float32 is multiplied as TF32. workspace: for
+// x_sums alone.
+int64_t conv_dgrad_workspace(DType, Image dx, int multiprocessors);
+void conv_dgrad(DType, Image dx, int64_t filters, int side, const void* du, const void* y,
+                const float* y_stats, const float* y_sums, const void* weight, const void* add,
+                int64_t add_pitch, bool compact, const void* x, const float* x_stats, bool relu,
+                float* workspace, void* dx_out, float* x_sums, Device);
 // z = relu(conv(x) + bias + residual): x (, residual) -> z
 void conv_bias_act(DType, Conv, const void* x, const void* weight, const float* bias,
                    const void* residual, bool relu, void* z, Device);

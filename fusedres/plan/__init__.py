@@ -93,7 +93,7 @@ OPS = {
     "cuda": frozenset(
         BN_OPS + MAXPOOL_OPS + AVGPOOL_OPS + CONV_BIAS_OPS + BLOCK_OPS + STEM_OPS + STEM_BIAS_OPS
     )
-    | {"cast_weights", "conv_fwd"},
+    | {"cast_weights", "conv_fwd", "conv_dgrad"},
 }
 DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 # in the order of preference on a device: CUDA first, since

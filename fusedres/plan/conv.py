@@ -98,6 +98,8 @@ def outside_cuda(op: str, conv: Conv, dtype: str, capability: tuple[int, int] | 
     """Why the CUDA kernels don't take what the kernels take; None if they do."""
     if conv.ieee:
         return "CUDA kernels multiply float32 as TF32, which torch.backends.cudnn.allow_tf32 forbids"
+    if op == "conv_dgrad" and conv.stride != 1:
+        return f"the CUDA conv_dgrad is of stride 1, got {conv.stride}"
     if op not in BLOCK_OPS:
         return None
     if dtype == "float32":

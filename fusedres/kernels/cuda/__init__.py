@@ -11,6 +11,7 @@ from fusedres.kernels.cuda.batch_norm import (
 from fusedres.kernels.cuda.bottleneck_infer import bottleneck_infer
 from fusedres.kernels.cuda.cast_weights import cast_weights
 from fusedres.kernels.cuda.conv import conv_bias_act, conv_fwd
+from fusedres.kernels.cuda.conv_dgrad import conv_dgrad
 from fusedres.kernels.cuda.pools import (
     bias_relu_maxpool,
     bn_relu_maxpool,
@@ -35,6 +36,7 @@ __all__ = [
     "bottleneck_infer",
     "cast_weights",
     "conv_bias_act",
+    "conv_dgrad",
     "conv_fwd",
     "global_avg_pool",
     "global_avg_pool_backward",
