@@ -170,12 +170,9 @@ def lacks(name: str, problem: Problem) -> str | None:
     """Which kernel implementation ``name`` hasn't got, that others have; None if it has."""
     if problem.op not in OPS[name]:
         return f"{name} has no kernel for {problem.op}"
-    conv = problem.conv
-    if name != "cuda" or conv is None or outside_contract(conv) is not None:
-        return None
-    return outside_kernels(problem.op, conv) or outside_cuda(
-        problem.op, conv, problem.dtype, problem.capability
-    )
+    if name == "cuda" and problem.conv is not None and outside_kernels(problem.op, problem.conv) is None:
+        return outside_cuda(problem.op, problem.conv, problem.dtype, problem.capability)
+    return None
 
 
 def refusal(name: str, problem: Problem, unavailable: Mapping[str, str]) -> str | None:
