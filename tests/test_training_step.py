@@ -36,7 +36,8 @@ def steps(
     model: nn.Module, images: Tensor, labels: Tensor, count: int
 ) -> tuple[list[float], dict[str, Tensor]]:
     """The losses of ``count`` steps of SGD, and the gradients of the last with the statistics after it."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    # at 0.05 rounding grows so fast that eager PyTorch's own third loss is off by more than what is allowed
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
     losses = []
     for _ in range(count):
         optimizer.zero_grad()
