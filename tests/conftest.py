@@ -13,7 +13,7 @@ import torch
 from emulation import build
 
 import fusedres
-from fusedres import kernels
+from fusedres import kernels, ops, plan
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -117,6 +117,15 @@ def multiprocessors(gpu_backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
     yield use
     launch.forget_sizes()
+
+
+@pytest.fixture
+def without_cuda_convolutions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``backend("cuda")`` on a CPU is the way of a GPU with every convolution by PyTorch's operators."""
+    monkeypatch.setitem(plan.OPS, "cuda", plan.OPS["cuda"] - set(plan.CONVOLUTIONS))
+    ops.choice.cache_clear()
+    yield
+    ops.choice.cache_clear()
 
 
 @pytest.fixture(params=["emulated"] if EMULATED else ["reference", *ISAS, *_on_a_gpu()])

@@ -12,7 +12,6 @@ from fused_ops import FusedOps
 from test_inference import check, seasoned
 
 import fusedres
-from fusedres import plan
 from fusedres.inference import graph
 
 INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -103,9 +102,8 @@ def test_graphs_are_bounded(graphs, monkeypatch):
     assert len(graphs) == 3
 
 
-def test_programs_share_what_is_made_of_weights(monkeypatch):
+def test_programs_share_what_is_made_of_weights(without_cuda_convolutions):
     """However many shapes are kept."""
-    monkeypatch.setitem(plan.OPS, "cuda", plan.OPS["cuda"] - set(plan.CONVOLUTIONS))
     optimised = fusedres.optimize_for_inference(seasoned(fusedres.CifarResNet(8)))
     with fusedres.backend("cuda"):  # on a CPU: the ways that a GPU would take, by PyTorch's operators
         optimised(torch.randn(1, 3, 16, 16))

@@ -22,6 +22,7 @@ from fusedres.inference.quantized import Quantize, QuantizedConv, Scale
 INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 # on a CPU without the interpreter: the way by PyTorch's operators
 BACKEND = "triton" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.usefixtures("without_cuda_convolutions")
 
 
 def stored(*shape: int) -> Tensor:
