@@ -50,13 +50,12 @@ test-main: .venv/ready
 
 # the Triton kernels on a CPU, in Triton's interpreter
 test-interpreted: .venv/ready
-	$(PARALLEL) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(INTERPRETED) tests/test_training_step.py
+	$(PARALLEL) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/test_training_step.py $(INTERPRETED)
 
 # the CUDA kernels on a CPU, compiled by g++ with sanitizers over an emulation of the execution model
 test-emulated: .venv/ready
 	variables=$$($(BIN)/python tests/emulation/build.py --env); status=$$?; \
 	if [ $$status = 77 ]; then exit 0; fi; \
-	[ $$status = 0 ] && env $$variables $(BIN)/python -m pytest -n auto --dist worksteal \
 	[ $$status = 0 ] && env $$variables $(BIN)/python -m pytest -n auto --dist worksteal \
 		tests/emulation tests/test_gpu_kernels.py tests/test_bn_relu_maxpool.py tests/test_bias_relu_maxpool.py \
 		tests/test_global_avg_pool.py tests/test_cast_weights.py tests/test_stem_kernels.py tests/test_stem.py \

@@ -40,8 +40,10 @@ def test_inference_from_many(name, fused_by):
         return answer(i)
 
     with FusedOps() as ops:
-        expected = [answer(i) for i in range(16)]
+        for i in range(16):
+            answer(i)
     assert ops.calls["bn_running_stats"] == 16 * norms_of(fused)
+    expected = [answer(i) for i in range(16)]  # under a mode PyTorch takes other ways, and rounds otherwise
     with ThreadPoolExecutor(AT_ONCE) as pool:
         found = list(pool.map(answer_at_once, range(16)))
     for one, other in zip(found, expected, strict=True):
