@@ -94,11 +94,11 @@ class TestNumbers:
 
 FLOATS = {"partial"}
 NUMBERS = {"rows", "out_height", "out_width", "filter_groups", "steps", "programs"}
-KERNELS = {"stem_conv": stem_conv.stem_conv_kernel, "stem_wgrad": stem_wgrad.stem_wgrad_partial_kernel}
+COMPILED = {"stem_conv": stem_conv.stem_conv_kernel, "stem_wgrad": stem_wgrad.stem_wgrad_partial_kernel}
 
 
 def compile_kernel(name, setting, dtype, arch, variant):
-    kernel = KERNELS[name]
+    kernel = COMPILED[name]
     launch = dict(setting.keywords)
     options = {k: launch.pop(k) for k in ("num_warps", "num_stages", "maxnreg")}
     constants = launch | {"PRECISION": "tf32"} | variant
@@ -115,13 +115,13 @@ def compile_kernel(name, setting, dtype, arch, variant):
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("arch", SHARED_KIB)
 class TestCode:
-    @pytest.mark.parametrize("name", KERNELS)
+    @pytest.mark.parametrize("name", COMPILED)
     def test_first_choice(self, name, arch, tmp_path):
         self.check(name, arch, "bf16", tmp_path, {}, only_first=True)
 
     @pytest.mark.codegen
     @pytest.mark.parametrize("dtype", ITEMSIZES)
-    @pytest.mark.parametrize("name", KERNELS)
+    @pytest.mark.parametrize("name", COMPILED)
     def test_everything_shipped(self, name, arch, dtype, tmp_path):
         self.check(name, arch, dtype, tmp_path, {}, only_first=False)
 
