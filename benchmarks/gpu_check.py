@@ -26,6 +26,7 @@ from gpu_check_run import END, HEADER, Check, Part, Record, Results, deadline, r
 try:
     import gpu_check_convs
     import gpu_check_figures
+    import gpu_check_folded
     import gpu_check_inference
     import gpu_check_jax
     import gpu_check_net
@@ -52,13 +53,14 @@ PARTS = {
     "autotune": Part(gpu_check_convs.tune, 60, gpu_check_convs.show_tune),
     "train": Part(gpu_check_net.train, 50, gpu_check_net.show_train),
     "inference": Part(gpu_check_inference.inference, 40, gpu_check_inference.show_inference),
-    "convs": Part(gpu_check_convs.convs, 35, gpu_check_convs.show_convs),
+    "convs": Part(gpu_check_convs.convs, 40, gpu_check_convs.show_convs),
+    "folded": Part(gpu_check_folded.folded, 15, gpu_check_convs.show_convs),
     "stem": Part(gpu_check_stem.stem, 10, gpu_check_stem.show_stem),
     "ops": Part(gpu_check_ops.ops, 30, gpu_check_ops.show_ops),
-    "compile": Part(gpu_check_net.compiled, 65, gpu_check_net.show_train),
-    "frozen": Part(gpu_check_inference.frozen, 40, gpu_check_inference.show_inference),
+    "compile": Part(gpu_check_net.compiled, 60, gpu_check_net.show_train),
+    "frozen": Part(gpu_check_inference.frozen, 35, gpu_check_inference.show_inference),
     "graph": Part(gpu_check_net.graph, 15, gpu_check_net.show_graph),
-    "jax": Part(gpu_check_jax.jax_nets, 40, gpu_check_jax.show_jax),
+    "jax": Part(gpu_check_jax.jax_nets, 30, gpu_check_jax.show_jax),
     "sanitizer": Part(gpu_check_sanitizer.sanitizer, 30, gpu_check_sanitizer.show_sanitizer),
     "figures": Part(gpu_check_figures.figures, 25, gpu_check_figures.show_figures),
 }

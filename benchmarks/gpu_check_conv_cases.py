@@ -58,6 +58,11 @@ class Layer(NamedTuple):
     def weights(self) -> int:
         return self.conv.outputs * self.conv.inputs * self.conv.size**2
 
+    def planned(self, batch: int) -> plan.Conv:
+        """As the planner sees it."""
+        inputs, outputs, side, stride, height, width = self.conv
+        return plan.Conv(batch, inputs, height, width, outputs, side, stride, pending=self.inner)
+
     def flop(self, batch: int) -> int:
         """Of the product, the same in each direction."""
         return 2 * batch * math.prod(self.size) * self.weights
@@ -99,6 +104,7 @@ class Call(NamedTuple):
 
     Args:
         op: its name.
+        conv: its shape, as the planner sees it.
         bytes: that it has to move: each full tensor, and the weight, once.
         flop: of the product.
         run: calls it under whatever backend is forced, on the inputs.
@@ -110,6 +116,7 @@ class Call(NamedTuple):
     """
 
     op: str
+    conv: plan.Conv
     bytes: int
     flop: int
     run: Callable[[], Outputs]
@@ -134,7 +141,12 @@ def calls(layer: Layer, batch: int, device: str, dtype: torch.dtype) -> list[Cal
 
     def call(op: str, run: Callable[[Inputs], Outputs], **more: Any) -> Call:
         moved = bytes_moved(op, layer, batch, dtype)
-        return Call(op, moved, layer.flop(batch), run=lambda: run(t), expected=lambda: run(wide)[0], **more)
+        conv = layer.planned(batch)
+        if op == "conv_dgrad" and layer.subsampled:  # see there
+            _, _, height, width = conv.out_shape
+            conv = conv._replace(height=height, width=width, stride=1)
+        flop = layer.flop(batch)
+        return Call(op, conv, moved, flop, run=lambda: run(t), expected=lambda: run(wide)[0], **more)
 
     return [_fwd(layer, t, call), _dgrad(layer, t, call), _wgrad(layer, t, call)]
 
@@ -204,13 +216,13 @@ def _wgrad(layer: Layer, t: Inputs, call: Callable[..., Call]) -> Call:
 
 def bytes_moved(op: str, layer: Layer, batch: int, dtype: torch.dtype) -> int:
     """Bytes that an op has to move: each full tensor once and the weight once, vectors not counted."""
-    inputs, outputs, side, stride, height, width = layer.conv
-    conv = plan.Conv(batch, inputs, height, width, outputs, side, stride)
-    sizes = traffic.around(conv, str(dtype).removeprefix("torch."))
+    sizes = traffic.around(layer.planned(batch), str(dtype).removeprefix("torch."))
     if layer.subsampled:
         sizes["dx"] = sizes["x"]
     if layer.compact:
-        sizes["add"] = sizes["add"]._replace(values=batch * inputs * math.prod(_strided(layer.conv, 2)))
+        sizes["add"] = sizes["add"]._replace(
+            values=batch * layer.conv.inputs * math.prod(_strided(layer.conv, 2))
+        )
     return traffic.moved(op, layer.place, sizes).bytes
 
 

@@ -23,21 +23,19 @@ from fusedres import autotune, kernels, ops, plan
 from fusedres.cli.bench import workload
 from fusedres.plan.conv import BANDWIDTH, PEAK
 
-IMPLEMENTATION = {"cuda": "triton", "cpu": "reference"}
+IMPLEMENTATIONS = {"cuda": ("triton", "cuda"), "cpu": ("reference",)}
 _TINY_IMAGE = 32
 _OTHER_DTYPES = 3  # layers that are measured in fp16 and fp32, too
 _ENOUGH = 3.0  # seconds, for a layer
 _WORST = 3  # named in the summary, of each op
 # of the size that results are compared at, by dtype of the reference; in float32 many terms are rounded
 _EXPONENT = {torch.bfloat16: -10, torch.float16: -7, torch.float64: -3}
-_SAME_THING = 0.01  # a float32 result with operands of TF32, in the Euclidean norm
+_SAME_THING = 0.003  # a float32 result with operands of TF32, in the Euclidean norm
 
 
 def convs(check: Check) -> None:
     """Every convolution of the blocks by the fused kernels: a gate, then its time beside PyTorch's."""
-    name = IMPLEMENTATION[check.device]
-    if name in kernels.unavailable():
-        check.record("not measured", implementation=name, reason=kernels.unavailable()[name])
+    if not any_installed(check):
         return
     if check.device == "cuda":
         autotune.load(torch.device(check.device, torch.cuda.current_device()))
@@ -52,11 +50,23 @@ def convs(check: Check) -> None:
         facts = {"variant": str(layer), "count": count, "batch": batch}
         try:
             for call in calls(layer, batch, check.device, dtype):
-                measure(check, call, name, dtype, facts, timer, gbps)
+                measure(check, call, dtype, facts, timer, gbps)
         except torch.OutOfMemoryError as error:
             check.record("out of memory", ok=False, **facts, error=str(error)[:300])
     if remaining:
         check.record("out of time", layers_left=len(remaining))
+
+
+def any_installed(check: Check) -> bool:
+    """Whether an implementation is there to be measured; records why another isn't."""
+    missing = {
+        name: kernels.unavailable()[name]
+        for name in IMPLEMENTATIONS[check.device]
+        if name in kernels.unavailable()
+    }
+    for name, reason in missing.items():
+        check.record("not measured", implementation=name, reason=reason)
+    return len(missing) < len(IMPLEMENTATIONS[check.device])
 
 
 def _plan(found: Counter[Layer], batch: int) -> list[tuple[Layer, int, torch.dtype]]:
@@ -74,61 +84,86 @@ def _plan(found: Counter[Layer], batch: int) -> list[tuple[Layer, int, torch.dty
 
 
 def measure(
-    check: Check,
-    call: Call,
-    name: str,
-    dtype: torch.dtype,
-    facts: dict[str, object],
-    timer: Timer,
-    gbps: float,
+    check: Check, call: Call, dtype: torch.dtype, facts: dict[str, object], timer: Timer, gbps: float
 ) -> None:
-    """Record implementation ``name`` of an op: whether it is right, and its time beside PyTorch's."""
+    """Record an op by each implementation that has it: whether it is right, its time beside PyTorch's."""
     floor, bound = call.floor_ms(gbps, dtype)
-    # so that float32 can be held to a rounding; products of 16 bits are exact in TF32
-    exact = {"allow_tf32": False} if dtype == torch.float32 else {}
-    wrong, error, times = None, None, {}
-    try:
-        with fusedres.backend("reference"), _cudnn(**exact):
-            expected = call.expected()
-        with fusedres.backend(name):
-            with _cudnn(**exact):
-                wrong, error = conv_gate(call, expected)
-            if wrong is None and dtype == torch.float32:  # what is timed may use it
-                wrong = _another_thing(call.run()[0], expected)
+    expected: Tensor | None = None
+    peers: dict[str, float] = {}
+    for name in _serving(check.device, call, dtype):
+        wrong, error, ms = None, None, 0.0
+        try:
+            if expected is None:
+                with fusedres.backend("reference"), _cudnn(allow_tf32=False):
+                    expected = call.expected()
+            with fusedres.backend(name):
+                wrong, error = _checked(check.device, name, call, dtype, expected)
+                if wrong is None:
+                    ms = timer.ms(call.run)
             if wrong is None:
-                times["ms"] = timer.ms(call.run)
+                peers = peers or _peers(call, timer)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as failure:
+            if check.device == "cuda":
+                torch.cuda.synchronize()  # raises where the GPU can do no more
+            wrong = f"{type(failure).__name__}: {str(failure).strip()[:300]}"
+        outcome: dict[str, object] = {"ok": wrong is None, "deviation": error, "error": wrong}
         if wrong is None:
-            with _cudnn(benchmark=True):  # its trials fall into the warm-up
-                times["plain_ms"], times["composed_ms"] = timer.ms(call.plain), timer.ms(call.composed)
-            if call.halved is not None:  # dgrad and wgrad share it
-                times["composed_ms"] -= timer.ms(call.halved) / 2
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as failure:
-        if check.device == "cuda":
-            torch.cuda.synchronize()  # raises where the GPU can do no more
-        wrong = f"{type(failure).__name__}: {str(failure).strip()[:300]}"
-    outcome: dict[str, object] = {"ok": wrong is None, "deviation": error}
-    if wrong is None:
-        ms = times["ms"]
-        outcome |= times | {
-            "share_of_floor": floor / ms,
-            "times_plain": times["plain_ms"] / ms,
-            "times_composed": times["composed_ms"] / ms,
-        }
-    else:
-        outcome["error"] = wrong
-    check.record(
-        call.op,
-        implementation=name,
-        dtype=str(dtype).removeprefix("torch."),
-        **facts,
-        bytes=call.bytes,
-        flop=call.flop,
-        floor_ms=floor,
-        bound=bound,
-        **outcome,
-    )
+            outcome |= {
+                "ms": ms,
+                **peers,
+                "share_of_floor": floor / ms,
+                "times_plain": peers["plain_ms"] / ms,
+                "times_composed": peers["composed_ms"] / ms,
+            }
+        check.record(
+            call.op,
+            implementation=name,
+            dtype=str(dtype).removeprefix("torch."),
+            **facts | {"variant": f"{facts['variant']} by {name}"},
+            bytes=call.bytes,
+            flop=call.flop,
+            floor_ms=floor,
+            bound=bound,
+            **outcome,
+        )
+
+
+def _serving(device: str, call: Call, dtype: torch.dtype, *, ieee: bool = False) -> list[str]:
+    """The implementations with a kernel for a call."""
+    names = IMPLEMENTATIONS[device]
+    if device == "cpu":
+        return list(names)
+    able = ops.candidates(call.op, torch.device(device), dtype, call.conv._replace(ieee=ieee))
+    return [name for name in names if name in able]
+
+
+def _checked(
+    device: str, name: str, call: Call, dtype: torch.dtype, expected: Tensor
+) -> tuple[str | None, float | None]:
+    """What is wrong with the results, and how far they are off.
+
+    Products of 16 bits are exact in TF32; those of float32 are held to a rounding where they can be had
+    without it, and then to what TF32 leaves.
+    """
+    wide = dtype == torch.float32
+    wrong, error = None, None
+    if not wide or name in _serving(device, call, dtype, ieee=True):
+        with _cudnn(allow_tf32=not wide):
+            wrong, error = conv_gate(call, expected)
+    if wrong is None and wide:
+        wrong = _another_thing(call.run()[0], expected)
+    return wrong, error
+
+
+def _peers(call: Call, timer: Timer) -> dict[str, float]:
+    """Milliseconds of PyTorch's convolution, alone and with what stands for the rest."""
+    with _cudnn(benchmark=True):  # its trials fall into the warm-up
+        found = {"plain_ms": timer.ms(call.plain), "composed_ms": timer.ms(call.composed)}
+    if call.halved is not None:  # dgrad and wgrad share it
+        found["composed_ms"] -= timer.ms(call.halved) / 2
+    return found
 
 
 @contextlib.contextmanager
@@ -178,19 +213,19 @@ def _another_thing(ours: Tensor, expected: Tensor) -> str | None:
 
 
 def show_convs(records: list[Record]) -> list[str]:
-    """By op and dtype, each layer as often as in a step; the layers that cost most beyond their floor."""
-    by: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    """By op, implementation and dtype, each layer as often as a net has it; the worst beside their floor."""
+    by: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
     for record in records:
         if "ms" in record:
-            by[record["name"], record["dtype"]].append(record)
+            by[record["name"], record["implementation"], record["dtype"]].append(record)
     lines = ["x: PyTorch's time over ours, its convolution alone and with batch-norm ops"] if by else []
-    for (op, dtype), found in by.items():
+    for (op, name, dtype), found in by.items():
 
         def total(key: str, found: list[Record] = found) -> float:
             return sum(record["count"] * record[key] for record in found)
 
         ms = total("ms")
-        line = f"{op:<11}{dtype:<9}{len(found):>3} layers, {ms:.2f} ms a step, "
+        line = f"{op:<17}{name:<10}{dtype:<9}{len(found):>3} layers, {ms:.2f} ms, "
         line += f"{total('floor_ms') / ms:.0%} of the floor, "
         line += f"{total('plain_ms') / ms:.2f}x alone, {total('composed_ms') / ms:.2f}x with the ops"
         lines.append(line)

@@ -12,7 +12,7 @@ from gpu_check_run import Check, Record
 from torch import Tensor, nn
 
 import fusedres
-from fusedres import kernels, plan
+from fusedres import autotune, kernels, plan
 from fusedres.cli.bench import eager, measure, workload
 from fusedres.cli.bench.workload import Step
 
@@ -170,6 +170,7 @@ def show_inference(records: list[Record]) -> list[str]:
         best = [record["best"] for record in records if record["name"] == "choice" and record["op"] == op]
         if best:
             lines.append(
-                f"{op}: {best.count('triton')} of {len(best)} shapes run by ours, the others by cuDNN's"
+                f"{op}: {len(best) - best.count(autotune.ATEN)} of {len(best)} shapes run by ours "
+                f"({best.count('triton')} Triton, {best.count('cuda')} CUDA), the others by cuDNN's"
             )
     return lines

@@ -9,19 +9,18 @@ import torch
 import torch.nn.functional as F
 from gpu_check_cases import EPS, Inputs, Outputs, _activation, _batch, _parameters, _wide
 from gpu_check_conv_cases import Call
-from gpu_check_convs import measure
+from gpu_check_convs import any_installed, measure
 from gpu_check_ops import Timer, copy_gbps
 from gpu_check_run import Check, Record
 from shapes import IMAGE_SIZE
 from torch import Tensor
 
 import fusedres
-from fusedres import kernels, plan
+from fusedres import plan
 from fusedres.ops import stats_dtype
 from fusedres.plan import traffic
 
 _OPS = torch.ops.fusedres
-IMPLEMENTATIONS = {"cuda": ("cuda", "triton"), "cpu": ("reference",)}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FILTERS, _TINY_IMAGE = 64, 32
 _ENOUGH = 1.0  # seconds, for an op in a dtype
@@ -29,25 +28,20 @@ _ENOUGH = 1.0  # seconds, for an op in a dtype
 
 def stem(check: Check) -> None:
     """A gate for each op, dtype and implementation, then its time beside cuDNN's and the floor's."""
+    if not any_installed(check):
+        return
     timer = Timer(check)
     gbps, _ = copy_gbps(check, timer)
     batch = _batch(check.device, check.tiny)
     size = _TINY_IMAGE if check.tiny else IMAGE_SIZE
     torch.manual_seed(0)
+    facts = {"variant": f"7x7/2 3x{size}x{size} -> {_FILTERS}", "count": 1, "batch": batch}
     for dtype in _DTYPES:
         for call in calls(batch, size, check.device, dtype):
-            for name in IMPLEMENTATIONS[check.device]:
-                if name != "reference" and call.op not in plan.OPS[name]:
-                    continue
-                if not check.tiny and check.left() < _ENOUGH:
-                    check.record("out of time")
-                    return
-                if name in kernels.unavailable():
-                    check.record("not measured", implementation=name, reason=kernels.unavailable()[name])
-                else:
-                    variant = f"7x7/2 3x{size}x{size} -> {_FILTERS} by {name}"
-                    facts = {"variant": variant, "count": 1, "batch": batch}
-                    measure(check, call, name, dtype, facts, timer, gbps)
+            if not check.tiny and check.left() < _ENOUGH:
+                check.record("out of time")
+                return
+            measure(check, call, dtype, facts, timer, gbps)
 
 
 def calls(batch: int, size: int, device: str, dtype: torch.dtype) -> Iterator[Call]:
@@ -69,7 +63,7 @@ def calls(batch: int, size: int, device: str, dtype: torch.dtype) -> Iterator[Ca
 
     def call(op: str, moved: str, run: Any, **more: Any) -> Call:
         number = sum(sizes[name].bytes for name in moved.split())
-        return Call(op, number, traffic.flop(conv), lambda: run(t), lambda: run(wide)[0], **more)
+        return Call(op, conv, number, traffic.flop(conv), lambda: run(t), lambda: run(wide)[0], **more)
 
     def plain() -> Tensor:
         return F.conv2d(t.x, t.weight, None, 2, 3)

@@ -261,7 +261,7 @@ tests/test_a.py::test_five[a b]"""
         (
             ["--parts", "copy,speed"],
             2,
-            "no part 'speed', there are correct, copy, autotune, train, inference, convs, stem, ops, ",
+            "no part 'speed', there are correct, copy, autotune, train, inference, convs, folded, stem, ",
         ),
         (["--device", "cpu"], 2, "--device cpu needs --tiny: the full sizes are a GPU's"),
         (["--parts", "copy"], 1, "no CUDA GPU was found by PyTorch"),

@@ -151,7 +151,7 @@ def test_a_wrong_kernel_is_recorded(op, other, after, said, dtype, tmp_path, mon
 
     layer = KINDS[3] if "add" in other else INNER
     monkeypatch.setattr(reference, op, wrong)
-    monkeypatch.setitem(gpu_check_convs.IMPLEMENTATION, "cpu", "auto")
+    monkeypatch.setitem(gpu_check_convs.IMPLEMENTATIONS, "cpu", ("auto",))
     monkeypatch.setattr(gpu_check_convs, "_plan", lambda *_: [(layer, 2, dtype)])
     records = {record["name"]: record for record in run(gpu_check_convs.convs, tmp_path)}
     assert not records[op]["ok"] and "ms" not in records[op]
@@ -172,7 +172,7 @@ def test_a_kernel_that_raises_is_recorded(tmp_path, monkeypatch):
 
 
 def test_without_the_kernels_it_says_why(tmp_path, monkeypatch):
-    monkeypatch.setitem(gpu_check_convs.IMPLEMENTATION, "cpu", "triton")
+    monkeypatch.setitem(gpu_check_convs.IMPLEMENTATIONS, "cpu", ("triton",))
     monkeypatch.setattr(gpu_check_convs.kernels, "unavailable", lambda: {"triton": "not there"})
     (record,) = run(gpu_check_convs.convs, tmp_path)
     assert record["ok"] and record["reason"] == "not there"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import gpu_check_convs
 import gpu_check_stem
 import pytest
 import torch
@@ -60,8 +61,8 @@ def test_a_wrong_kernel_is_recorded(op, tmp_path, monkeypatch):
 
 
 def test_without_the_kernels_it_says_why(tmp_path, monkeypatch):
-    monkeypatch.setitem(gpu_check_stem.IMPLEMENTATIONS, "cpu", ("cuda",))
-    monkeypatch.setattr(gpu_check_stem.kernels, "unavailable", lambda: {"cuda": "not there"})
+    monkeypatch.setitem(gpu_check_convs.IMPLEMENTATIONS, "cpu", ("cuda",))
+    monkeypatch.setattr(gpu_check_convs.kernels, "unavailable", lambda: {"cuda": "not there"})
     assert run(tmp_path) == []
     lines = gpu_check_stem.show_stem(Results(tmp_path).latest())
     assert set(lines) == {"cuda: not measured, not there"}

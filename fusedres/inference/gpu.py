@@ -24,18 +24,18 @@ _STEM = {"stride": (2, 2), "padding": (3, 3), "dilation": (1, 1), "groups": 1}
 
 def bind_conv(layer: ConvBiasAct, x: Tensor, residual: Tensor | None, prepared: Prepared) -> Bound:
     """``layer`` on inputs of ``x``'s shape."""
-    kernel, library = _kernel(layer, prepared), _library(layer, residual is not None, prepared)
+    kernel, cudnns = _kernel(layer, prepared), library(layer, residual is not None, prepared)
     if kernel is None:
-        return library._replace(reason=NO_KERNEL)
+        return cudnns._replace(reason=NO_KERNEL)
     tensors = (x,) if residual is None else (x, residual)
 
     def run(fused: bool) -> Tensor:
-        bound = kernel if fused else library
+        bound = kernel if fused else cudnns
         return bound.run(*tensors, *bound.constants)
 
     conv = ops.conv_shape(x, layer.weight, layer.stride[0], pending=False, residual=residual is not None)
     if not autotune.fused("conv_bias_act", x, conv, run):
-        return library._replace(reason=choice("conv_bias_act", x, conv).reason)
+        return cudnns._replace(reason=choice("conv_bias_act", x, conv).reason)
     implementation, reason, _ = choice("conv_bias_act", x, conv)
     return kernel._replace(implementation=implementation, reason=reason)
 
@@ -102,7 +102,7 @@ def _kernel(layer: ConvBiasAct, prepared: Prepared) -> Bound | None:
     return Bound(run)
 
 
-def _library(layer: ConvBiasAct, residual: bool, prepared: Prepared) -> Bound:
+def library(layer: ConvBiasAct, residual: bool, prepared: Prepared) -> Bound:
     """cuDNN's convolution with as much behind it as cuDNN has; it has no addition without a ReLU."""
     weight = channels_last(layer, prepared)
     bias = None if layer.bias is None else layer.bias.detach()

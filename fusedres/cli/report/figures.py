@@ -30,6 +30,11 @@ _LONG = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _MOST_OPS = 24
 _LEAST_POINTS, _LEAST_OF_SWEEP = 3, 2  # of a curve
 _MIB = 2**20
+_DIRECTIONS = (
+    *("forward", "dgrad", "wgrad"),
+    *("conv_fwd", "conv_dgrad", "conv_wgrad", "conv_bias_act", "bottleneck_infer"),
+    *("stem_conv", "stem_wgrad", "stem_bias_act"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,10 @@ def of(machine: Machine) -> list[Figure]:
     return found
 
 
-def _in_order(direction: tuple[str, str]) -> tuple[bool, int, str]:
-    """Forward, dgrad, wgrad, then the ops of the stem; bf16 first."""
+def _in_order(direction: tuple[str, str]) -> tuple[int, str]:
+    """As in _DIRECTIONS, what isn't there at the end; bf16 first."""
     op, dtype = direction
-    if op.startswith("stem_"):
-        return True, ("conv", "wgrad", "bias_act").index(op.removeprefix("stem_")), dtype
-    return False, ("f", "d", "w").index(op.removeprefix("conv_")[0]), dtype
+    return (_DIRECTIONS.index(op) if op in _DIRECTIONS else len(_DIRECTIONS)), dtype
 
 
 def sorted_comparisons(machine: Machine, mode: str) -> list[Comparison]:
