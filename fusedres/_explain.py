@@ -122,6 +122,13 @@ class _Recorder(TorchDispatchMode):
         return next((self.names[id(t)] for t in _tensors(args) if id(t) in self.names), "")
 
 
+def _named(choice: plan.Choice) -> str:
+    """An implementation; of PyTorch's own, where no kernel could serve, with the reason."""
+    if choice.implementation == "aten" and not choice.open:
+        return f"aten ({choice.reason})"
+    return choice.implementation
+
+
 def _shape_of(args: Any) -> plan.Conv | None:
     """Of a call of aten::convolution; None if its axes differ."""
     x, weight, _, stride, _, dilation, _, _, groups = args
@@ -231,9 +238,8 @@ class _Asked(NamedTuple):
             op: self._choice(op, conv) for op in (plan.STEM_OPS if forward == "stem_conv" else plan.CONV_OPS)
         }
         implementation, reason, _ = of.pop(forward)
-        gradients = {op: choice.implementation for op, choice in of.items()}
-        if set(gradients.values()) != {implementation}:
-            reason += "".join(f"; {op}: {name}" for op, name in gradients.items())
+        if {choice.implementation for choice in of.values()} != {implementation}:
+            reason += "".join(f"; {op}: {_named(choice)}" for op, choice in of.items())
         if implementation == "aten":
             steps = [] if before is None else [self._step(before, "bn_act", shape)]
             steps.append(Step(layer, "convolution", shape, "aten", reason))

@@ -121,8 +121,9 @@ def multiprocessors(gpu_backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @pytest.fixture
 def without_cuda_convolutions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """``backend("cuda")`` on a CPU is the way of a GPU with every convolution by PyTorch's operators."""
-    monkeypatch.setitem(plan.OPS, "cuda", plan.OPS["cuda"] - set(plan.CONVOLUTIONS))
+    """``backend("cuda")`` on a CPU is the way of a GPU, with PyTorch's convolutions and average pool."""
+    own = {*plan.CONVOLUTIONS, *plan.AVGPOOL_OPS}
+    monkeypatch.setitem(plan.OPS, "cuda", plan.OPS["cuda"] - own)
     ops.choice.cache_clear()
     yield
     ops.choice.cache_clear()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
 
 import fusedres
-from fusedres import kernels
+from fusedres import kernels, ops, plan
 
 COMPILED = "cpu" not in kernels.unavailable()
 
@@ -145,3 +149,57 @@ def test_errors(size):
         pytest.raises(RuntimeError, match="backend 'cuda' can't serve stem_conv on cpu"),
     ):
         fusedres.explain(fusedres.resnet18(), (1, 3, 64, 64))
+
+
+NO_TRITON = {"triton": "Triton isn't installed"}
+
+
+@pytest.fixture
+def without_triton(monkeypatch):
+    """An H100 by the planner's rules, where CUDA's kernels are all there is; nothing computes."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an H100")
+    monkeypatch.setattr(kernels, "unavailable", lambda: NO_TRITON)
+    monkeypatch.setattr(kernels, "load", mock.Mock())
+    ops.choice.cache_clear()
+    with fusedres.backend("cuda"):
+        yield
+    ops.choice.cache_clear()
+
+
+NETS = {"resnet18": 20, "resnet50": 53}
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_by_cuda_alone(net, training, without_triton):
+    """Every op of a step is CUDA's, or named as PyTorch's with the reason."""
+    model = getattr(fusedres, net)().train(training)
+    table = fusedres.explain(model, (256, 3, 224, 224), torch.bfloat16, "cuda")
+    assert {s.op for s in table if s.implementation == "aten"} == {"linear"}
+    assert {s.implementation for s in table} == {"cuda", "aten"}
+    convs = [s for s in table if s.op in ("conv_fwd", "stem_conv")]
+    assert len(convs) == NETS[net]
+    for step in convs[1:]:
+        gradients = dict(re.findall(r"; (conv_[dw]grad): ([^;]*)", step.reason))
+        assert gradients["conv_wgrad"] == "aten (cuda has no kernel for conv_wgrad)"
+        assert gradients["conv_dgrad"] in ("cuda", "aten (the CUDA conv_dgrad is of stride 1, got 2)")
+    strided = sum("of stride 1" in step.reason for step in convs)
+    assert strided == {"resnet18": 6, "resnet50": 6}[net]
+    assert convs[0].reason == "forced"  # with its gradient
+    # the other ops of the backward have no shape to refuse
+    for op in (*plan.BN_OPS, *plan.MAXPOOL_OPS, *plan.AVGPOOL_OPS, "cast_weights"):
+        assert ops.choice(op, torch.device("cuda"), torch.bfloat16, "cuda").implementation == "cuda"
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_a_trained_net_by_cuda_alone(net, without_triton, monkeypatch):
+    monkeypatch.setitem(plan.DEVICE, "cuda", "cpu")  # so that the kernels' tensors can be anywhere
+    model = fusedres.optimize_for_inference(getattr(fusedres, net)().eval(), torch.bfloat16)
+    table = fusedres.explain(model, (1, 3, 64, 64))
+    assert {s.op for s in table if s.implementation != "cuda"} == {"flatten", "Linear"}
+    assert all(s.reason for s in table)
+    counts = Counter(s.op.partition(" ")[0] for s in table if s.implementation == "cuda")
+    # those of 64 and 128 channels inside and without a projection: two and three
+    blocks = {"resnet18": 0, "resnet50": 5}[net]
+    assert counts == +Counter(conv=NETS[net] - 3 * blocks, bottleneck=blocks, AdaptiveAvgPool2d=1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedres import autotune, ops, plan
 from fusedres.inference.bound import Bound
@@ -70,8 +70,17 @@ def bind_stem(layer: Stem, x: Tensor, prepared: Prepared) -> Bound:
     return Bound(in_passes, (), implementation if fused else "cudnn", reason)
 
 
-def choice(op: str, x: Tensor, conv: Any) -> plan.Choice:
-    """What was settled for a convolution."""
+def bind_average_pool(layer: nn.AdaptiveAvgPool2d, x: Tensor) -> Bound | None:
+    """In one pass of ours, if it is the mean over all pixels."""
+    if layer.output_size not in (1, (1, 1)):
+        return None
+    implementation, reason, _ = choice("global_avg_pool", x)
+    run = layer if implementation == "aten" else _OPS.global_avg_pool.default
+    return Bound(run, (), implementation, reason)
+
+
+def choice(op: str, x: Tensor, conv: plan.Conv | None = None) -> plan.Choice:
+    """What was settled for an op; for a convolution, on its shape."""
     return ops.choice(op, x.device, x.dtype, ops.forced_backend(), conv)
 
 

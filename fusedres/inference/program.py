@@ -42,7 +42,7 @@ class Choice(NamedTuple):
         layer: the module's name; "" for a function.
         op: what is computed.
         shape: of the first input.
-        implementation: "onednn", "triton", "cudnn" or "aten".
+        implementation: "onednn", "triton", "cuda", "cudnn" or "aten".
         reason: why that one.
     """
 
@@ -204,6 +204,8 @@ class Program:
                 layer, x, self._prepared, residual=residual is not None, reuse=reuse
             )
             return self._fastest(str(node.target), ways, tensors)
+        if on_gpu and isinstance(layer, nn.AdaptiveAvgPool2d):
+            return gpu.bind_average_pool(layer, x)
         if not isinstance(layer, ConvBiasAct):
             return None
         if on_gpu:

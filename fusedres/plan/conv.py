@@ -15,8 +15,7 @@ STEM_OPS = ("stem_conv", "stem_wgrad")
 STEM_BIAS_OPS = ("stem_bias_act",)
 
 # An H100's measured copy (bytes a second) and bf16 product (FLOP a second; of int8 twice that, as its data
-# sheet has it); on other chips it is their
-# quotient that decides, and that differs little
+# sheet has it); on other chips it is their quotient that decides, and that differs little
 BANDWIDTH = 2.93e12
 PEAK = {"float32": 3.8e14, "bfloat16": 7.53e14, "float16": 7.53e14, "int8": 2 * 7.53e14}
 IEEE_PEAK = 5e13  # without tensor cores
@@ -172,4 +171,4 @@ def likely(op: str, conv: Conv | None, dtype: str) -> tuple[bool, str]:
         # 11 (bf16) and 3.5 (fp16) times the memory's floor forward, 7 and 3.5 for the weight
         return not conv.ieee, "predicted: cuDNN's takes 3 to 11 times what memory needs; not measured"
     fused, plain = predicted_block(conv, dtype) if op in BLOCK_OPS else predicted(op, conv, dtype)
-    return fused <= plain, f"predicted {fused * 1e6:.0f} us fused, {plain * 1e6:.0f} us not; not measured"
+    return fused <= plain, f"predicted {fused * 1e6:.3g} us fused, {plain * 1e6:.3g} us not; not measured"
