@@ -191,7 +191,7 @@ def test_gradcheck_of_the_reference():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_small_activations_are_left_to_aten(dtype):
     """From as many values as the plan says our kernels run, below they don't unless forced."""
-    least = plan.least_values("cpu", str(dtype).removeprefix("torch."))
+    least = plan.least_values("cpu")
     assert least > 0
     for values, forced, expected in ((least, "auto", 1), (least - 64, "auto", 0), (64 * 8, "cpu", 1)):
         x = torch.zeros(values // 64, 64, 1, 1, dtype=dtype)

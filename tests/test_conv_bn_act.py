@@ -303,7 +303,7 @@ def test_least_values_are_those_of_the_smallest_output(monkeypatch):
     case = ChainCase("basic, projection", torch.float32, size=(4, 8, 8))
     smallest = 4 * 24 * 4 * 4
     for least, fused in ((smallest, True), (smallest + 1, False)):
-        monkeypatch.setitem(plan.LEAST_VALUES, "cpu", {"float32": least})
+        monkeypatch.setitem(plan.LEAST_VALUES, "cpu", least)
         x = case.x.clone().requires_grad_()
         out = call(x, case.convs, *case.rest(torch.float32))
         assert ("Fused" in type(out.grad_fn).__name__) == fused

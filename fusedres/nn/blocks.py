@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.nn.casts import convolve
-from fusedres.nn.chain import Pairs, fused_chain, is_small, unfused_chain_reason
+from fusedres.nn.chain import Pairs, fused_chain, growth_by, is_small, unfused_chain_reason
 from fusedres.nn.fuse import altered, batch_norm_act, copied_statistics
 from fusedres.nn.shortcut import one_of, shortcut
 
@@ -48,7 +48,7 @@ class Residual:
     def forward(self, x: Tensor) -> Tensor:
         block: Any = self
         pairs, relu, downsample = self.pairs, block._modules["relu"], self.downsample
-        if is_small(x, downsample) and type(pairs[0][1]) is not nn.SyncBatchNorm:
+        if is_small(x, growth_by(downsample)) and type(pairs[0][1]) is not nn.SyncBatchNorm:
             act = torch.relu_ if type(relu) is nn.ReLU and altered(relu) is None else relu
             if torch._C._current_graph_task_id() == -1:
                 return _child_by_child(pairs, act, downsample, x)
@@ -71,12 +71,18 @@ class Residual:
 def _child_by_child(
     pairs: Pairs, act: Callable[[Tensor], Tensor], downsample: nn.Module | None, x: Tensor
 ) -> Tensor:
-    """As torchvision's blocks do it, in their order."""
+    """As torchvision's blocks do it, in their order.
+
+    Call by call, so that what a call read is free when the next one asks for memory: it is in the cache.
+    """
     *before, (conv, norm) = pairs
     out = x
     for inner, inner_norm in before:
-        out = act(inner_norm(inner(out)))
-    out = norm(conv(out))
+        out = inner(out)
+        out = inner_norm(out)
+        out = act(out)
+    out = conv(out)
+    out = norm(out)
     out += x if downsample is None else downsample(x)
     return act(out)
 

@@ -22,8 +22,6 @@ from fusedres.nn.fuse import (
 )
 from fusedres.nn.shortcut import PadShortcut, is_projection, pooled
 
-GROWTH = 4  # of a block with a projection: the largest of its activations, by its input
-
 # a convolution and the norm behind it
 Pairs = Sequence[tuple[nn.Module, nn.Module]]
 
@@ -100,21 +98,30 @@ def _least_on_a_cpu(dtype: torch.dtype) -> int | None:
     return ops.served_from("bn_act", torch.device("cpu"), dtype, "auto")
 
 
-def is_small(x: Tensor, downsample: nn.Module | None) -> bool:
-    """Whether a block's activations are so few that PyTorch's own operators are as fast: on a CPU.
+def is_small(x: Tensor, growth: float) -> bool:
+    """Whether activations are so few that PyTorch's own operators are as fast: on a CPU.
 
-    Its children are then called as they are, without a look at whether they could be fused.
+    The children of a block or a stem are then called as they are, without a look at whether they could be
+    fused.
 
     Args:
-        x: [N, C, H, W], the block's input.
-        downsample: the module of its shortcut; None for an identity.
+        x: [N, C, H, W], the input.
+        growth: values of the largest activation behind a norm, by those of ``x``.
     """
     if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor or not x.is_cpu:
         return False
     if ops.forced_backend() != "auto" or torch._C._get_tracing_state() is not None:
         return False
     least = _least_on_a_cpu(convolved_dtype(x) if torch._C._is_any_autocast_enabled() else x.dtype)
-    return least is None or x.numel() * (1 if downsample is None else GROWTH) < least
+    return least is None or x.numel() * growth < least
+
+
+def growth_by(layer: nn.Module | None) -> float:
+    """How many values come out of a convolution, or of a shortcut with one, for each that goes in."""
+    for child in () if layer is None else (layer, *layer._modules.values()):
+        if type(child) is nn.Conv2d:
+            return child.out_channels / (child.in_channels * child.stride[0] ** 2)
+    return 1.0
 
 
 def fused_chain(

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from fusedres import functional
 from fusedres.nn.casts import convolve, weight_of
-from fusedres.nn.chain import Pairs, fused_chain, unfused_chain_reason
+from fusedres.nn.chain import Pairs, fused_chain, growth_by, is_small, unfused_chain_reason
 from fusedres.nn.fuse import (
     altered,
     batch_norm_act,
     batch_norm_of,
     convolved_dtype,
     is_plain,
+    is_recomputed,
     traced,
     unfused_dtype_reason,
     unfused_reason,
@@ -86,6 +87,13 @@ def stem(conv: nn.Module, norm: nn.Module, act: nn.Module, pool: nn.Module, x: T
         pool: fused if it is exactly an nn.MaxPool2d of 3x3, stride 2 and padding 1.
         x: [N, C, H, W], images.
     """
+    if (
+        type(conv) is nn.Conv2d
+        and is_small(x, growth_by(conv))
+        and type(norm) is not nn.SyncBatchNorm
+        and not is_recomputed()
+    ):
+        return pool(act(norm(conv(x))))  # type: ignore[no-any-return]
     # before a parameter is read, which fx would record
     if (
         traced(x) is None

@@ -79,7 +79,7 @@ def served_from(op: str, device: torch.device, dtype: torch.dtype, forced: str) 
         return None
     if forced != "auto":
         return 0
-    return plan.least_values(implementation, str(dtype).removeprefix("torch."), op)
+    return plan.least_values(implementation, op)
 
 
 # torch.compiler.assume_constant_result without its import of dynamo, which takes a second

@@ -104,9 +104,9 @@ CANDIDATES = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 CONV_CANDIDATES = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 # Values of an activation from which a CPU kernel pays: below, the call costs more than it saves, since
 # PyTorch's second pass finds a small tensor in the cache. From whole steps of ResNet-18 and 50 at batch
-# 1 to 16 on two cores, by dtype.
-LEAST_VALUES = {"cpu": {"float32": 1 << 20, "bfloat16": 1 << 19, "float16": 1 << 19}}
-# by op where it is another, whatever the dtype: PyTorch's pool is the slower one in the cache, too. From
+# 1 to 16 on two cores, in float32 and bfloat16.
+LEAST_VALUES = {"cpu": 1 << 20}
+# by op where it is another: PyTorch's pool is the slower one in the cache, too. From
 # single calls on one core.
 LEAST_VALUES_OF = {("cpu", "bias_relu_maxpool"): 1 << 15}
 
@@ -227,11 +227,11 @@ def covers(architecture: str, capability: tuple[int, int]) -> bool:
     return capability >= (major, minor)
 
 
-def least_values(implementation: str, dtype: str, op: str = "bn_act") -> int:
+def least_values(implementation: str, op: str = "bn_act") -> int:
     """The smallest activation that ``implementation`` is better at than PyTorch's own operators."""
     if (implementation, op) in LEAST_VALUES_OF:
         return LEAST_VALUES_OF[implementation, op]
-    return LEAST_VALUES.get(implementation, {}).get(dtype, 0)
+    return LEAST_VALUES.get(implementation, 0)
 
 
 def choose(problem: Problem, unavailable: Mapping[str, str], forced: str = "auto") -> Choice:
@@ -267,7 +267,7 @@ def choose(problem: Problem, unavailable: Mapping[str, str], forced: str = "auto
     name = serving[0]
     reasons = reasons[: order.index(name)]
     reasons.append(f"{'next' if reasons else 'first'} choice on {problem.device}")
-    least = least_values(name, problem.dtype, problem.op)
+    least = least_values(name, problem.op)
     if least:
         reasons.append(f"from {least:,} values of an activation, below them aten")
     return Choice(name, "; ".join(reasons))
