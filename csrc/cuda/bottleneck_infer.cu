@@ -12,6 +12,7 @@ void bottleneck_infer(DType dtype, Bottleneck b, const void* x, const void* weig
   const auto run = [&](auto* tile) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
     using T = typename Tile::T;
+    static_assert(fits<Tile, Tile::kBytes>);
     const int64_t down = divide_up(b.height, Tile::kMostHeight);
     const int64_t across = divide_up(b.width, Tile::kWidth);
     const BottleneckShape s = {

@@ -34,10 +34,10 @@ void with_tile(int64_t rows, int64_t channels, int multiprocessors, F f) {
 
 // A column of blocks for each tile of channels, as many rows of blocks as are resident together.
 template <class Tile>
-dim3 grid_of(int64_t rows, int64_t channels, int multiprocessors) {
+dim3 grid_of(int64_t rows, int64_t channels, int64_t together) {
   const int64_t across = divide_up(channels, Tile::kN);
-  const int64_t resident = std::max<int64_t>(int64_t{multiprocessors} * Tile::kBlocks / across, 1);
-  const int64_t down = std::min({divide_up(rows, Tile::kM), resident, kMostRowBlocks});
+  const int64_t busy = std::max<int64_t>(together / across, 1);
+  const int64_t down = std::min({divide_up(rows, Tile::kM), busy, kMostRowBlocks});
   return dim3(static_cast<unsigned>(across), static_cast<unsigned>(down));
 }
 
@@ -73,7 +73,8 @@ int64_t conv_dgrad_workspace(DType dtype, Image dx, int multiprocessors) {
     using T = std::remove_pointer_t<decltype(type)>;
     with_tile<T>(rows, dx.channels, multiprocessors, [&](auto* tile) {
       using Tile = std::remove_pointer_t<decltype(tile)>;
-      floats = 2 * dx.channels * grid_of<Tile>(rows, dx.channels, multiprocessors).y;
+      floats = 2 * dx.channels *
+               grid_of<Tile>(rows, dx.channels, most_together<Tile>(multiprocessors)).y;
     });
   });
   return floats;
@@ -84,7 +85,8 @@ void conv_dgrad(DType dtype, Image image_of_dx, int64_t filters, int side, const
                 const void* add, int64_t add_pitch, bool compact, const void* x,
                 const float* x_stats, bool relu, float* workspace, void* dx, float* x_sums,
                 Device device) {
-  const auto [n, height, width, channels] = image_of_dx;
+  const int64_t n = image_of_dx.n, channels = image_of_dx.channels;
+  const int64_t height = image_of_dx.height, width = image_of_dx.width;
   const std::string problem = image(image_of_dx) + " by " + std::to_string(filters) +
                               " filters of " + std::to_string(side) + "x" + std::to_string(side);
   const int64_t rows = n * height * width;
@@ -104,8 +106,9 @@ void conv_dgrad(DType dtype, Image image_of_dx, int64_t filters, int side, const
     with_tile<T>(rows, channels, device.multiprocessors, [&](auto* tile) {
       using Tile = std::remove_pointer_t<decltype(tile)>;
       with_flag(y_stats != nullptr, [&](auto prologue) {
-        const Grid g = {grid_of<Tile>(rows, channels, device.multiprocessors), dim3(Tile::kThreads),
-                        ConvDgradMemory<Tile, prologue.value>::kBytes};
+        constexpr int kBytes = ConvDgradMemory<Tile, prologue.value>::kBytes;
+        const int64_t blocks = together<Tile, kBytes>(device.multiprocessors);
+        const Grid g = {grid_of<Tile>(rows, channels, blocks), dim3(Tile::kThreads), kBytes};
         launch("conv_dgrad", problem, g, device.stream, conv_dgrad_kernel<Tile, prologue.value>,
                static_cast<const T*>(du), static_cast<const T*>(y_sums == nullptr ? nullptr : y),
                y_stats, y_sums, static_cast<const T*>(weight),

@@ -2,21 +2,14 @@
 #include "conv_launch.cuh"
 
 namespace fusedres::cuda {
-namespace {
-
-template <class Tile, bool kPrologue>
-Grid grid_of(const ConvShape& s, int multiprocessors) {
-  return over_tiles<Tile>(s, s.filters, multiprocessors, ConvFwdMemory<Tile, kPrologue>::kBytes);
-}
-
-}  // namespace
 
 int64_t conv_fwd_workspace(DType dtype, Conv c, int multiprocessors) {
   const ConvShape s = conv_shape("conv_fwd", c);
   int64_t floats = 0;
   with_conv_tile(dtype, s, multiprocessors, [&](auto* tile) {
     using Tile = std::remove_pointer_t<decltype(tile)>;
-    floats = int64_t{grid_of<Tile, false>(s, multiprocessors).grid.y} * 2 * s.filters;
+    const Grid g = over_tiles<Tile>(s, s.filters, most_together<Tile>(multiprocessors), 0);
+    floats = int64_t{g.grid.y} * 2 * s.filters;
   });
   return floats;
 }
@@ -30,7 +23,9 @@ void conv_fwd(DType dtype, Conv c, const void* x, const float* stats, bool relu,
     using Tile = std::remove_pointer_t<decltype(tile)>;
     using T = typename Tile::T;
     with_flag(stats != nullptr, [&](auto prologue) {
-      const Grid g = grid_of<Tile, prologue.value>(s, device.multiprocessors);
+      constexpr int kBytes = ConvFwdMemory<Tile, prologue.value>::kBytes;
+      const Grid g =
+          over_tiles<Tile>(s, s.filters, together<Tile, kBytes>(device.multiprocessors), kBytes);
       float* const partial = y_stats == nullptr ? nullptr : workspace;
       launch("conv_fwd", conv(c), g, device.stream, conv_fwd_kernel<Tile, prologue.value>,
              static_cast<const T*>(x), stats, floor_of(relu), static_cast<const T*>(weight),

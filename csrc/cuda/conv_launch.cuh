@@ -79,12 +79,12 @@ void with_conv_tile(DType dtype, const ConvShape& s, int multiprocessors, F f) {
 // Rows of blocks: one for every tile where there are few; else as many as run together, each with
 // (nearly) as many tiles as the others, so that few partial results are left to merge.
 template <class Tile>
-Grid over_tiles(const ConvShape& s, int columns, int multiprocessors, int shared_bytes) {
+Grid over_tiles(const ConvShape& s, int columns, int64_t together, int shared_bytes) {
   constexpr int64_t kFew = 512;
   const int64_t tiles = divide_up(s.rows, Tile::kM), across = divide_up(columns, Tile::kN);
   int64_t down = tiles;
   if (tiles > kFew) {
-    const int64_t busy = std::max<int64_t>(int64_t{multiprocessors} * Tile::kBlocks / across, 1);
+    const int64_t busy = std::max<int64_t>(together / across, 1);
     down = divide_up(tiles, divide_up(tiles, std::min(busy, kMostRowBlocks)));
   }
   return {dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)), dim3(Tile::kThreads),

@@ -13,7 +13,7 @@ namespace fusedres::cuda {
 constexpr int kRowBytes = 64;  // of the reduction, in a stage
 
 // kM positions by kN filters, by warps of kM / kWarpsM by kN / kWarpsN; kBlocks of them are meant
-// to be on a multiprocessor together.
+// to be on a multiprocessor together (see `together`).
 template <class T_, int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kStages_, int kBlocks_>
 struct ConvTile {
   using T = T_;

@@ -101,6 +101,36 @@ inline Grid over_partial_results(int64_t channels) {
           dim3(kFinalizeColumns, kFinalizeRows)};
 }
 
+// Blocks that a device holds at a time if its multiprocessors hold as many as the tile is meant
+// for; workspaces are for so many.
+template <class Tile>
+int64_t most_together(int multiprocessors) {
+  return int64_t{multiprocessors} * Tile::kBlocks;
+}
+
+constexpr int kReservedBytes = 1024;     // shared memory that a block takes beside what it asks for
+constexpr int kMeantBytes = 228 * 1024;  // of a multiprocessor of 9.0 and 10.0
+
+template <class Tile, int kBytes>
+constexpr bool fits = Tile::kBlocks * (kBytes + kReservedBytes) <= kMeantBytes;
+
+// Likewise, of the current device, for blocks of kBytes: where a multiprocessor has 164 KB (8.0) or
+// 100 KB (8.6, 8.9, 12.0) there may be fewer than are meant to be.
+template <class Tile, int kBytes>
+int64_t together(int multiprocessors) {
+  static_assert(fits<Tile, kBytes>);
+  int64_t blocks = Tile::kBlocks;
+#if defined(__CUDACC__)
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) ==
+          cudaSuccess) {
+    blocks = std::clamp<int64_t>(bytes / (kBytes + kReservedBytes), 1, blocks);
+  }
+#endif
+  return multiprocessors * blocks;
+}
+
 // Calls f with a null pointer of the activation's type.
 template <class F>
 void with_type(DType dtype, F f) {

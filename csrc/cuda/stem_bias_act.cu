@@ -12,8 +12,9 @@ void stem_bias_act(DType dtype, Stem problem, const StemImage& x, const Strided&
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Tile = StemPoolTile<T>;
-    const Grid g = over_stem_tiles<Tile>(tiles.tiles(), s.filters, Tile::kN, device.multiprocessors,
-                                         StemMemory<Tile>::kBytes);
+    constexpr int kBytes = StemMemory<Tile>::kBytes;
+    const Grid g = over_stem_tiles<Tile>(tiles.tiles(), s.filters, Tile::kN,
+                                         together<Tile, kBytes>(device.multiprocessors), kBytes);
     launch("stem_bias_act", stem(problem), g, device.stream, stem_pool_kernel<T>, x, weight, bias,
            static_cast<T*>(z), s);
   });

@@ -5,11 +5,13 @@ namespace fusedres::cuda {
 namespace {
 
 template <class T>
-Grid grid_of(const StemShape& s, int multiprocessors) {
+constexpr int kBytes = StemMemory<StemConvTile<T>>::kBytes;
+
+template <class T>
+Grid grid_of(const StemShape& s, int64_t together) {
   using Tile = StemConvTile<T>;
   const typename Tile::Tiles tiles{s.n, s.out_height(), s.out_width()};
-  return over_stem_tiles<Tile>(tiles.tiles(), s.filters, Tile::kN, multiprocessors,
-                               StemMemory<Tile>::kBytes);
+  return over_stem_tiles<Tile>(tiles.tiles(), s.filters, Tile::kN, together, kBytes<T>);
 }
 
 }  // namespace
@@ -19,7 +21,8 @@ int64_t stem_conv_workspace(DType dtype, Stem problem, int multiprocessors) {
   int64_t floats = 0;
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    floats = grid_of<T>(s, multiprocessors).grid.y * (2 * problem.filters + 1);
+    const int64_t blocks = most_together<StemConvTile<T>>(multiprocessors);
+    floats = grid_of<T>(s, blocks).grid.y * (2 * problem.filters + 1);
   });
   return floats;
 }
@@ -31,7 +34,7 @@ void stem_conv(DType dtype, Stem problem, const StemImage& x, const Strided& wei
   check_image("stem_conv", problem, x);
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Grid g = grid_of<T>(s, device.multiprocessors);
+    const Grid g = grid_of<T>(s, together<StemConvTile<T>, kBytes<T>>(device.multiprocessors));
     float* const partial = y_stats == nullptr ? nullptr : workspace;
     float* const block_rows = partial + int64_t{g.grid.y} * 2 * s.filters;
     launch("stem_conv", stem(problem), g, device.stream, stem_conv_kernel<T>, x, weight,
@@ -52,9 +55,9 @@ void stem_bias_act_unpooled(DType dtype, Stem problem, const StemImage& x, const
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     float* const none = nullptr;
-    launch("stem_bias_act", stem(problem), grid_of<T>(s, device.multiprocessors), device.stream,
-           stem_conv_kernel<T>, x, weight, bias, 0.0f, static_cast<T*>(nullptr), static_cast<T*>(z),
-           none, none, s);
+    const Grid g = grid_of<T>(s, together<StemConvTile<T>, kBytes<T>>(device.multiprocessors));
+    launch("stem_bias_act", stem(problem), g, device.stream, stem_conv_kernel<T>, x, weight, bias,
+           0.0f, static_cast<T*>(nullptr), static_cast<T*>(z), none, none, s);
   });
 }
 

@@ -44,10 +44,10 @@ inline void check_image(const char* name, const Stem& s, const StemImage& x) {
 // Blocks for `tiles` tiles of a column of filters: as many as run together, each with (nearly) as
 // many tiles as the others.
 template <class Tile>
-Grid over_stem_tiles(int64_t tiles, int64_t filters, int filters_of_tile, int multiprocessors,
+Grid over_stem_tiles(int64_t tiles, int64_t filters, int filters_of_tile, int64_t together,
                      int shared_bytes) {
   const int64_t across = divide_up(filters, filters_of_tile);
-  const int64_t busy = std::max<int64_t>(int64_t{multiprocessors} * Tile::kBlocks / across, 1);
+  const int64_t busy = std::max<int64_t>(together / across, 1);
   const int64_t down = divide_up(tiles, divide_up(tiles, std::min(busy, kMostRowBlocks)));
   return {dim3(static_cast<unsigned>(across), static_cast<unsigned>(down)), dim3(Tile::kThreads),
           shared_bytes};
