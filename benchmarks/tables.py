@@ -22,7 +22,7 @@ from fusedres.plan.conv import BANDWIDTH, PEAK
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-CPU = RESULTS / "epyc-zen5-2cores-2026-11-24"
+CPU = RESULTS / "epyc-zen5-2cores"
 PEERS = RESULTS / "h100-peers"
 PICTURED, PICTURE = ("resnet50-bf16", "inference-resnet50-16-bf16"), ROOT / "docs" / "bench.png"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "combining.md")

@@ -15,7 +15,7 @@ from fusedres.cli.report import load
 from fusedres.cli.report.style import DARK, LIGHT
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-EPYC = RESULTS / "epyc-zen5-2cores-2026-11-24"
+EPYC = RESULTS / "epyc-zen5-2cores"
 PEERS = RESULTS / "h100-peers"
 VOID = {"meta", "link", "br"}
 
