@@ -110,6 +110,8 @@ def test_what_is_measured(tiny):
     frozen = {r["implementation"] for r in by["frozen"] if r["name"] == "inference"}
     assert frozen == {"auto", "eager", "compile"}
     assert not [record for record in by["compile"] if record["name"] == "breakdown"]
+    folded = {record["name"] for record in by["folded"] if "ms" in record}
+    assert folded == {"conv_bias_act", "bottleneck_infer"}
     first = [record for record in by["train"] if record["name"] == "first step"]
     for record in first:
         assert record["loss"] == pytest.approx(record["reference_loss"], rel=1e-3)
