@@ -61,9 +61,12 @@ test-emulated: .venv/ready
 		tests/test_global_avg_pool.py tests/test_cast_weights.py tests/test_stem_kernels.py tests/test_stem.py \
 		tests/test_conv_dgrad.py
 
-# a plain install without nvcc, Triton and torchvision, on another PyTorch; the real data are test-main's
+# a plain install without nvcc, Triton and torchvision, on another PyTorch; the real data are test-main's, and
+# so is what asks nothing of PyTorch, or much of the machine
+ELSEWHERE := test_cuda_codegen test_gpu_check test_report test_report_browser test_roofline test_tables
 test-core: .venv-core/ready
-	FUSEDRES_DATA= $(PARALLEL) $(CORE_BIN)/python -m pytest -n auto --dist loadgroup tests --durations=5 --ignore tests/test_cuda_codegen.py
+	FUSEDRES_DATA= $(PARALLEL) $(CORE_BIN)/python -m pytest -n auto --dist loadgroup tests --durations=5 \
+		$(ELSEWHERE:%=--ignore tests/%.py)
 
 # every configuration of every kernel for every architecture
 codegen: .venv/ready

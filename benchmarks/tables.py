@@ -89,8 +89,8 @@ def training() -> str:
     text = _prose(
         f"`torch.compile` takes {_ms(compiled)} ms for ResNet-50 ({_ratio(compiled)}). The ceiling is the "
         "ratio with batch norm, ReLU and add for nothing: convolutions, which are PyTorch's on both sides, "
-        "take most of a step on this processor. At batch 1 ResNet-18 and 50 are level with eager "
-        f"({alone[0]} to {alone[1]})."
+        "take most of a step on this processor. At batch 1 activations are so small that the very operators "
+        f"of eager PyTorch run: ResNet-18 and 50 take its time ({' to '.join(dict.fromkeys(alone))})."
     )
     return f"{_table('| net, training step | eager, ms | fused, ms | ratio | ceiling |', rows)}\n\n{text}\n"
 
