@@ -160,6 +160,22 @@ def test_a_wrong_kernel_is_recorded(op, other, after, said, dtype, tmp_path, mon
     assert len(gpu_check_convs.show_convs(list(records.values()))) == 5
 
 
+def test_statistics_are_checked_where_float32_is_multiplied_as_tf32_alone(tmp_path, monkeypatch):
+    right = reference.conv_fwd
+
+    def wrong(*arguments):
+        right(*arguments)
+        if ops.forced_backend() == "auto":
+            inspect.signature(right).bind(*arguments).arguments["y_stats"][1, 3] *= 1.01
+
+    monkeypatch.setattr(reference, "conv_fwd", wrong)
+    monkeypatch.setattr(gpu_check_convs, "_serving", lambda *_, ieee=False: [] if ieee else ["auto"])
+    monkeypatch.setattr(gpu_check_convs, "_plan", lambda *_: [(INNER, 2, torch.float32)])
+    records = {record["name"]: record for record in run(gpu_check_convs.convs, tmp_path)}
+    assert records["conv_fwd"]["error"].startswith(SUMS) and "ms" not in records["conv_fwd"]
+    assert records["conv_dgrad"]["ok"] and records["conv_wgrad"]["ok"]
+
+
 def test_a_kernel_that_raises_is_recorded(tmp_path, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("an illegal instruction")

@@ -106,8 +106,7 @@ CONV_CANDIDATES = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 # PyTorch's second pass finds a small tensor in the cache. From whole steps of ResNet-18 and 50 at batch
 # 1 to 16 on two cores, in float32 and bfloat16.
 LEAST_VALUES = {"cpu": 1 << 20}
-# by op where it is another: PyTorch's pool is the slower one in the cache, too. From
-# single calls on one core.
+# by op where it is another: PyTorch's pool is the slower one in the cache, too; from single calls on one core
 LEAST_VALUES_OF = {("cpu", "bias_relu_maxpool"): 1 << 15}
 
 
