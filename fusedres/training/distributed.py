@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-@dataclass(frozen=True)
+@dataclass
 class Processes:
     """Which of how many processes this is.
 
@@ -25,6 +26,8 @@ class Processes:
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    # the group that ``total`` is over; None for that of everything
+    _totals: Any = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def is_first(self) -> bool:
@@ -34,7 +37,7 @@ class Processes:
     def total(self, value: Tensor) -> Tensor:
         """The sum over all processes."""
         if self.count > 1:
-            distributed.all_reduce(value)
+            distributed.all_reduce(value, group=self._totals)
         return value
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
@@ -59,8 +62,17 @@ def joined(processes: Processes, device: torch.device) -> Iterator[None]:
     if processes.count == 1:
         yield
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        distributed.init_process_group("nccl")
+    else:
+        distributed.init_process_group("gloo")
+        # A thread of gloo's may hold the last tensor that it was given from Python for longer than whoever
+        # waits for the sum, and one that lets it go while Python ends aborts the process. Destroying a group
+        # waits for its threads, but DistributedDataParallel never lets go of its own: so that only sums
+        # tensors of C++, and the others have a group to themselves.
+        processes._totals = distributed.new_group()
     try:
         yield
     finally:
+        processes._totals = None
         distributed.destroy_process_group()
