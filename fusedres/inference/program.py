@@ -206,17 +206,19 @@ class Program:
             return self._fastest(str(node.target), ways, tensors)
         if on_gpu and isinstance(layer, nn.AdaptiveAvgPool2d):
             return gpu.bind_average_pool(layer, x)
-        if not isinstance(layer, ConvBiasAct):
-            return None
-        if on_gpu:
+        if on_gpu and isinstance(layer, ConvBiasAct):
             if isinstance(layer, Stem):
                 return gpu.bind_stem(layer, x, self._prepared)
             return gpu.bind_conv(layer, x, residual, self._prepared)
-        if x.device.type == "cpu" and onednn.unavailable(x.dtype) is None:
-            if isinstance(layer, Stem):
-                return onednn.bind_stem(layer, x, self._prepared)
+        if x.device.type != "cpu" or on_gpu or onednn.unavailable(x.dtype) is not None:
+            return None
+        if isinstance(layer, Stem):
+            return onednn.bind_stem(layer, x, self._prepared)
+        if isinstance(layer, ConvBiasAct):
             return onednn.bind_conv(layer, x, self._prepared, residual=residual is not None, reuse=reuse)
-        return None
+        if isinstance(layer, nn.AdaptiveAvgPool2d):
+            return onednn.bind_average_pool(layer, x)
+        return onednn.bind_linear(layer, x, self._prepared) if isinstance(layer, nn.Linear) else None
 
     def _read_as(self, node: fx.Node) -> torch.dtype | None:
         """The dtype that all who read a layer's levels convert them to; None if one reads levels."""
