@@ -10,6 +10,7 @@ import torch
 from fused_ops import FusedOps
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
 from fusedres.nn import BasicBlock, Bottleneck, PadShortcut, PlainBlock, unfused_block_reason
@@ -161,3 +162,25 @@ def test_groups_and_dilation_stay_in_the_function(settings):
     theirs.conv1.register_forward_hook(lambda *_: None)
     with fusedres.backend("reference"):
         torch.testing.assert_close(block(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_no_gradient_changes_its_layout(block, layout):
+    """That through a projection of stride 2 is of every second pixel, which has neither layout itself."""
+    calls = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(4, 8, 10, 12).to(memory_format=layout).requires_grad_()
+    with fusedres.backend("cpu"):
+        z = BLOCKS[block]().to(memory_format=layout)(x)
+    assert "Fused" in type(z.grad_fn).__name__
+    with Calls():
+        z.backward(torch.randn_like(z))
+    assert calls.count(torch.ops.aten.convolution_backward.default) >= 4
+    copies = {torch.ops.aten.clone.default, torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}
+    assert not copies & set(calls)

@@ -292,8 +292,10 @@ class _Gradients:
         if not conv.of_source:
             return None
         if weight.shape[2] == 1 and geometry.stride == 2:
-            # every second pixel went in: their gradient, as if there were no others
-            source, geometry = Pending(source.y[:, :, ::2, ::2]), geometry._replace(stride=1)
+            # every second pixel went in: their gradient, as if there were no others. No value of theirs is
+            # read, and their layout is the gradient's
+            went_in = torch.empty_like(source.y[:, :, ::2, ::2], memory_format=ops.layout(source.y))
+            source, geometry = Pending(went_in), geometry._replace(stride=1)
         return Added(gradient.of_source(source, weight, geometry).gradient)
 
     def _through_chain(self, gradient: PendingGradient, last: int, add: Added | None) -> Tensor | None:
