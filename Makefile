@@ -23,7 +23,7 @@ INTERPRETED := tests/test_gpu_kernels.py $(CONVS) tests/test_conv_bn_act.py test
 	tests/test_inference_gpu.py tests/test_quantize_gpu.py tests/test_quantize_int8.py
 CODEGEN := tests/test_triton_codegen.py tests/test_cuda_codegen.py tests/test_quantize_int8.py $(CONVS)
 
-.PHONY: demo test test-full lint test-main test-interpreted test-emulated test-core codegen matrix bench format clean
+.PHONY: demo test test-full torches lint test-main test-interpreted test-emulated test-core codegen matrix bench format clean
 
 demo: .venv/ready
 	mkdir -p demo && rm -rf demo/digits
@@ -32,7 +32,11 @@ demo: .venv/ready
 	$(BIN)/fusedres train --data digits --out demo/digits
 	@echo "The table above is in demo/bench.json, the picture in demo/bench.png, the trained net in demo/digits."
 
-test: lint test-main test-interpreted test-emulated test-core
+test: torches lint test-main test-interpreted test-emulated test-core
+
+# side by side: unpacking one keeps one core busy
+torches:
+	$(MAKE) --jobs 2 .venv/torch .venv-core/torch
 
 # three training steps instead of one, also in the interpreter
 test-full: test
