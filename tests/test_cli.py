@@ -165,12 +165,17 @@ def test_an_interrupt_ends_without_a_traceback() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell's background job ignores interrupts, and so does what it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert running.stdout is not None
     running.stdout.readline()  # printed, through a pipe, with the first epoch's line or before
     time.sleep(0.2)
     running.send_signal(signal.SIGINT)
-    err = running.communicate(timeout=60)[1]
+    try:
+        err = running.communicate(timeout=60)[1]
+    finally:
+        running.kill()
     assert running.returncode == 130
     assert err == "fusedres: interrupted\n"
 
