@@ -107,7 +107,7 @@ def figures(case: Case, rounds: int, device: torch.device) -> dict[str, Figures]
     measured = {name: Figures(failure=failure) for name, failure in failures.items()}
     for name, of_side in samples.items():
         facts = _facts(case, name, steps[name], medians[name], device)
-        facts |= {"ratio_to_eager": medians[EAGER] / medians[name]}
+        facts |= {"ratio_to_eager": medians[EAGER] / medians[name], "minor_faults": of_side.median_faults}
         facts |= {"error": max(errors[name].worst_output, errors[name].worst_gradient or 0.0)}
         measured[name] = Figures([ms / 1e3 for ms in of_side.ms], facts)
     return measured

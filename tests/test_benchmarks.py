@@ -61,6 +61,7 @@ def test_a_side_that_is_wrong_or_fails_is_not_timed(monkeypatch):
     assert fused.facts["bytes"] == 2 * 4 * VALUES and fused.facts["flop"] == 0
     assert fused.facts["share_of_roofline"] == pytest.approx(8 * VALUES / 1e9 / median)
     assert fused.facts["peak_bytes"] >= 4 * VALUES
+    assert fused.facts["minor_faults"] >= 0
     assert fused.facts["share_of_time_in_own_kernels"] == 0 and fused.facts["shape"] == [4, 8, 6, 6]
     assert "share_of_time_in_own_kernels" not in eager.facts
 

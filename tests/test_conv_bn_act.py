@@ -271,6 +271,10 @@ def conv(filters=8, channels=8, side=3, **settings):
             lambda x: functional.conv_bn_act(x, conv(), residual=x[:1]),
             r"residual must be torch.float32 \[2, 8, 6, 5\]",
         ),
+        (
+            lambda x: functional.conv_bn_act(x, conv(), residual=x.to("meta")),
+            r"residual must be .* on cpu, got .* on meta",
+        ),
         (lambda x: functional.conv_bn_act(x[0], conv()), "x must be 4D"),
         (
             lambda x: functional.conv_bn_act(x, conv(stride=0)),

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fusedres import ops
 from fusedres.functional.autograd import differentiated, transformed
-from fusedres.functional.batch_norm import BatchNorm, check_activation, check_batch_norm
-from fusedres.functional.bn_act import bn_act
+from fusedres.functional.batch_norm import check_activation, check_batch_norm
+from fusedres.functional.bn_act import bn_act_of
 from fusedres.functional.chain import (
     Chain,
     ConvNorm,
@@ -154,9 +154,12 @@ def _checked(
     x, convs = _cast(x, named.values())
     if residual is not None and shortcut == "projection":
         residual = residual.to(x.dtype)
-    elif residual is not None and (residual.shape != shapes[-1] or residual.dtype != x.dtype):
+    elif residual is not None and (
+        (residual.shape, residual.dtype, residual.device) != (shapes[-1], x.dtype, x.device)
+    ):
         raise ValueError(
-            f"residual must be {x.dtype} {list(shapes[-1])}, got {residual.dtype} {list(residual.shape)}"
+            f"residual must be {x.dtype} {list(shapes[-1])} on {x.device}, "
+            f"got {residual.dtype} {list(residual.shape)} on {residual.device}"
         )
     if not _fits(x, shapes, convs):
         return _composed(x, convs, shortcut, relu, residual)
@@ -203,26 +206,6 @@ def _convolved(x: Tensor, conv: ConvNorm) -> Tensor:
     return F.conv2d(x, conv.weight, None, conv.stride, padding, conv.dilation, conv.groups)
 
 
-def _norm(
-    x: Tensor,
-    norm: BatchNorm,
-    relu: bool,
-    residual: Tensor | None = None,
-    residual_norm: BatchNorm | None = None,
-) -> Tensor:
-    return bn_act(
-        x,
-        *norm[:4],
-        residual=residual,
-        residual_norm=residual_norm,
-        relu=relu,
-        training=norm.training,
-        momentum=norm.momentum,
-        eps=norm.eps,
-        group=norm.group,
-    )
-
-
 def _fits(x: Tensor, shapes: Sequence[tuple[int, ...]], convs: Sequence[ConvNorm]) -> bool:
     """Whether the kernels take all of a chain; ``shapes`` are those of the raw outputs."""
     least = ops.served_from("bn_act", x.device, x.dtype, ops.forced_backend())
@@ -256,16 +239,17 @@ def _composed(
     chain = convs if projection is None else convs[:-1]
     out = x
     for conv in chain[:-1]:
-        out = _norm(_convolved(out, conv), conv.norm, relu)
+        out = bn_act_of(_convolved(out, conv), conv.norm, None, None, None, relu)
     out = _convolved(out, chain[-1])
     if projection is not None:
         source = x if residual is None else residual
-        return _norm(out, chain[-1].norm, relu, _convolved(source, projection), projection.norm)
+        residual = _convolved(source, projection)
+        return bn_act_of(out, chain[-1].norm, None, residual, projection.norm, relu)
     if isinstance(shortcut, Pad):
         residual = shortcut.of(x)
     elif shortcut == "identity":
         residual = x
-    return _norm(out, chain[-1].norm, relu, residual)
+    return bn_act_of(out, chain[-1].norm, None, residual, None, relu)
 
 
 def _shape_behind(shape: tuple[int, ...], conv: ConvNorm, name: str) -> tuple[int, ...]:
