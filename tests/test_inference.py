@@ -176,6 +176,37 @@ def test_one_pass_a_convolution(name, convolutions, blocks, x):
     assert all(count == 1 for count in found.values()), found
 
 
+@pytest.mark.skipif(bool(onednn.unavailable(torch.float32)), reason="needs oneDNN")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_on_a_cpu_without_them(dtype, resnet18, x, monkeypatch):
+    """The net in float32 with the parameters of 16 bits: PyTorch's convolutions take ten times as long."""
+    monkeypatch.setattr(onednn, "unavailable", lambda d: None if d == torch.float32 else f"no {d}")
+    optimised = fusedres.optimize_for_inference(resnet18, dtype, x)
+    check(resnet18, x, dtype, optimised)
+    assert {p.dtype for p in optimised.parameters()} == {dtype}
+    assert optimised(x.to(dtype)).dtype == dtype
+    with Calls() as calls:
+        optimised(x)
+    assert not any("aten.conv" in name for name in calls.of), calls.of
+    assert all(c.reason.endswith(f"in float32: no {dtype}") for c in optimised.choices(x))
+
+    with torch.no_grad():  # new parameters, not what was made of the old ones
+        optimised.net.get_submodule("fc").bias += 1
+    moved = copy.deepcopy(resnet18)
+    moved.fc.bias.data += 1
+    check(moved, x, dtype, optimised)
+
+    with fusedres.backend("reference"):
+        assert not any("float32" in c.reason for c in optimised.choices(x))
+        given = x.to(dtype, memory_format=torch.channels_last)
+        assert torch.equal(optimised(given), optimised.net(given))
+    exact = fusedres.optimize_for_inference(resnet18, torch.float64)
+    with torch.no_grad():
+        expected = copy.deepcopy(resnet18).double()(x.double())
+    torch.testing.assert_close(exact(x.double()), expected, rtol=1e-12, atol=1e-12)
+    assert not any("float32" in c.reason for c in exact.choices(x))
+
+
 def test_the_model_is_left_alone(resnet18, x):
     before = copy.deepcopy(resnet18.state_dict())
     optimised = fusedres.optimize_for_inference(resnet18, torch.bfloat16, x)

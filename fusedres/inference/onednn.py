@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ def _direct(op: Any) -> Any:
     return getattr(op, "_op", op)
 
 
+@functools.cache
 def unavailable(dtype: torch.dtype) -> str | None:
     """Why oneDNN has no fast convolutions of a dtype on this CPU; None if it has."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
